@@ -1,0 +1,436 @@
+"""Flex-tuning: find the one unit of a pretrained network to fine-tune on different-looking data.
+
+Royer & Lampert, "A Flexible Selection Scheme for Minimum-Effort Transfer Learning", WACV 2020.
+This file needs PyTorch alone, so it can be copied into any project:
+
+    selection = flex(net, (x_train, y_train), (x_val, y_val))
+    selection.chosen, selection.result.accuracy, selection.result.net
+
+The network N = N_L o ... o N_1 is an `nn.Sequential` whose children are its units, numbered 1 to L
+from the input, and gives logits [N, classes]. Data are pairs (x, y) of tensors: x [N, C, H, W]
+uint8 or float, y [N] int64. uint8 images enter the network as float32 in [0, 1] (x / 255).
+No function here changes the network it is given, or uses the global random state.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import parametrize
+
+Data = tuple[torch.Tensor, torch.Tensor]
+Units = int | str | Iterable[int]  # one unit, "all", or several units
+
+CHUNK = 256  # images per forward pass where no gradient is needed
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The training protocol (section 5.1), the same for every network of a selection."""
+
+    lr: float = (
+        1e-3  # Adam's learning rate; the paper: 1e-3 for small networks, 1e-4 for Inception2
+    )
+    batch_size: int = 64  # images per step; the last batch of an epoch may be smaller
+    check_every: int = 5  # epochs from one validation to the next; the paper: 5 to 10
+    patience: int = 5  # validations in a row without a better accuracy that end the training
+    max_epochs: int = 300  # the training ends here even if the accuracy still improves
+    top_k: int = 1  # an image counts as right if its class is among the k largest logits
+    seed: int = 0  # of the order of the images and of dropout
+    device: str | None = None  # None: CUDA where there is one, else the CPU
+    cache_bytes: int = 2 << 30  # the frozen units' output is kept up to this size, else recomputed
+
+    def __post_init__(self):
+        for name in ("batch_size", "check_every", "patience", "max_epochs", "top_k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be positive and finite, not {self.lr}")
+
+
+@dataclass
+class Result:
+    """One fine-tuned network."""
+
+    net: nn.Sequential  # in evaluation mode, on the device of the network it came from
+    units: tuple[int, ...]  # the tuned units
+    accuracy: float  # top-k accuracy of `net` on the validation set, in [0, 1]
+    epochs: int  # epochs run, those after the returned checkpoint included
+    seconds: float  # wall time
+    history: list[tuple[int, float]]  # (epoch, validation accuracy); epoch 0 is the source network
+    trained: int  # number of scalars trained
+    diverged: bool  # the loss or a weight stopped being finite; `net` is from before that
+
+
+@dataclass
+class Selection:
+    """What a selection algorithm chose, and all that it looked at."""
+
+    chosen: int | str  # N_flex: a unit, or "all"
+    best: int | str  # the arg max over the candidates; in fast-flex, the unit before line 10
+    tuned: dict[int | str, Result]  # every network fine-tuned on the way
+    proxies: dict[int, float] = field(
+        default_factory=dict
+    )  # unit: validation accuracy of its proxy
+
+    @property
+    def result(self) -> Result:
+        """The fine-tuned network N_flex."""
+        return self.tuned[self.chosen]
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of all the fine-tunings (Table 1)."""
+        return sum(result.epochs for result in self.tuned.values())
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all the fine-tunings; the proxies' forward passes are not in it."""
+        return sum(result.seconds for result in self.tuned.values())
+
+
+# ---------------------------------------------------------------- networks
+
+
+def candidates(net: nn.Sequential) -> list[int]:
+    """Numbers of the units that have parameters, in order.
+
+    Raises ValueError if `net` is not a plain `nn.Sequential` of independent units.
+    """
+    if not isinstance(net, nn.Sequential) or type(net).forward is not nn.Sequential.forward:
+        raise ValueError(f"the network must be a plain nn.Sequential of units, not {type(net)}")
+    counts = [len(list(unit.parameters())) for unit in net]
+    if sum(counts) != len(list(net.parameters())):
+        raise ValueError("two units share parameters: one cannot be tuned without the other")
+    return [number for number, count in enumerate(counts, 1) if count]
+
+
+def surgery(net: nn.Sequential, tuned: nn.Sequential, unit: int) -> nn.Sequential:
+    """A copy of `net` with the parameters and buffers of `unit` taken from `tuned`."""
+    proxy = copy.deepcopy(net)
+    proxy[unit - 1].load_state_dict(tuned[unit - 1].state_dict())
+    return proxy
+
+
+def accuracy(net: nn.Sequential, data: Data, settings: Settings = Settings()) -> float:
+    """Top-k accuracy of `net`, in evaluation mode, on `data`: in [0, 1].
+
+    Raises ValueError for a network or data that cannot be worked with.
+    """
+    candidates(net)
+    device = _device(settings)
+    net = copy.deepcopy(net).to(device).eval()
+    _check(net, "data", data, settings, device)
+    return _accuracy(lambda x: net(_load(x, device)), *data, settings.top_k)
+
+
+@torch.no_grad()
+def _accuracy(forward, x: torch.Tensor, y: torch.Tensor, top_k: int) -> float:
+    hits = 0
+    for images, classes in zip(x.split(CHUNK), y.split(CHUNK)):
+        logits = forward(images)  # (B, classes)
+        hit = logits.topk(top_k).indices == classes.to(logits.device)[:, None]  # (B, top_k)
+        hits += (hit.any(1) & ~logits.isnan().any(1)).sum()  # topk ranks NaN first
+    return hits.item() / len(y)
+
+
+def _device(settings: Settings) -> torch.device:
+    return torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _load(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A batch as the network takes it: on its device, floating-point, channels-last.
+
+    It is a copy: a network that begins with an in-place layer must not change the data.
+    """
+    x = x.to(device, copy=True)
+    if x.dtype == torch.uint8:
+        x = x.float().div_(255)
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def _check(net: nn.Sequential, name: str, data: Data, settings: Settings, device) -> None:
+    """Raises ValueError, in one line, for data that `net` cannot be trained or tested on."""
+    x, y = data
+    if not all(isinstance(tensor, torch.Tensor) for tensor in data):
+        raise ValueError(f"{name}: images and labels must be tensors, not {type(x)}, {type(y)}")
+    if len(x) == 0:
+        raise ValueError(f"{name}: there are no images")
+    if y.dtype != torch.int64 or y.shape != x.shape[:1]:
+        raise ValueError(
+            f"{name}: {len(x)} images need int64 labels [{len(x)}], not {y.dtype} {list(y.shape)}"
+        )
+    if x.dtype != torch.uint8 and not (x.is_floating_point() and x.isfinite().all()):
+        raise ValueError(f"{name}: images must be uint8, or float without NaN and infinity")
+    try:
+        with torch.no_grad():
+            logits = net(_load(x[:1], device))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{name}: images {list(x.shape[1:])} do not fit: {reason}") from error
+    if logits.dim() != 2:
+        raise ValueError(f"the network must give logits [N, classes], not {list(logits.shape)}")
+    classes = logits.shape[1]
+    if y.min() < 0 or y.max() >= classes:
+        raise ValueError(f"{name}: labels {y.min()}...{y.max()}, but {classes} classes in the net")
+    if settings.top_k > classes:
+        raise ValueError(f"top_k is {settings.top_k}, but there are {classes} classes")
+
+
+# ---------------------------------------------------------------- training (section 5.1)
+
+
+def fine_tune(
+    net: nn.Sequential,
+    units: Units,
+    train: Data,
+    val: Data,
+    settings: Settings = Settings(),
+    epochs: int | None = None,
+    report: Callable[[int, float], None] = lambda epoch, accuracy: None,
+) -> Result:
+    """Fine-tune `units` of `net` on `train` until the accuracy on `val` stops improving.
+
+    `units` is a number from 1 to L, several of them, or "all". The state with the best validation
+    is returned, the source network not being one of them; with a number of `epochs`, the last
+    state. Everything else is frozen: parameters and buffers stay as they are, dropout is off.
+    BatchNorm keeps its statistics inside the tuned units as well. Protocol of section 5.1.
+    `report(epoch, accuracy)` is called after each validation.
+
+    Raises ValueError for a network, units or data that cannot be worked with.
+    """
+    start = time.perf_counter()
+    if epochs is not None and epochs < 1:
+        raise ValueError(f"epochs must be at least 1, not {epochs}")
+    numbers = _numbers(net, units)
+    device = _device(settings)
+    tuned = copy.deepcopy(net).to(device).eval().requires_grad_(False)
+    _check(tuned, "train", train, settings, device)
+    _check(tuned, "val", val, settings, device)
+
+    trained = nn.ModuleList(tuned[number - 1] for number in numbers).requires_grad_(True)
+    tuned.to(memory_format=torch.channels_last)
+    first = numbers[0] - 1
+    frozen, rest = (nn.Sequential(*part) for part in (list(tuned)[:first], list(tuned)[first:]))
+    frozen, x_train, x_val = _run_once(frozen, train[0], val[0], device, settings.cache_bytes)
+    y_train, y_val = train[1].to(x_train.device), val[1].to(x_val.device)
+
+    def forward(x):
+        return rest(frozen(_load(x, device)))
+
+    def validate():
+        trained.eval()
+        return _accuracy(forward, x_val, y_val, settings.top_k)
+
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(settings.seed)  # of dropout
+        order = torch.Generator().manual_seed(settings.seed)
+        optimizer = torch.optim.Adam(trained.parameters(), lr=settings.lr, fused=True)
+        history = [(0, validate())]
+        best, state, stale = history[0], copy.deepcopy(trained.state_dict()), 0
+        losses, diverged = torch.zeros((), device=device), False  # looked at when validating
+        last = settings.max_epochs if epochs is None else epochs
+        for epoch in range(1, last + 1):
+            _train_mode(trained)
+            shuffled = torch.randperm(len(x_train), generator=order).to(x_train.device)
+            for batch in shuffled.split(settings.batch_size):
+                optimizer.zero_grad()
+                loss = cross_entropy(forward(x_train[batch]), y_train[batch].to(device))
+                loss.backward()
+                optimizer.step()
+                losses += loss.detach()
+            if epoch % settings.check_every and epoch < last:
+                continue
+            sums = [weight.detach().sum() for weight in trained.parameters()]
+            diverged = not torch.stack([losses, *sums]).isfinite().all().item()
+            if diverged:
+                break
+            history.append((epoch, validate()))
+            report(*history[-1])
+            if epochs or best[0] == 0 or history[-1][1] > best[1]:
+                best, state, stale = history[-1], copy.deepcopy(trained.state_dict()), 0
+            else:
+                stale += 1
+                if stale == settings.patience:
+                    break
+
+    trained.load_state_dict(state)
+    for mine, theirs in zip(tuned.parameters(), net.parameters()):
+        mine.requires_grad_(theirs.requires_grad)
+    return Result(
+        net=tuned.to(next(net.parameters()).device).eval(),
+        units=numbers,
+        accuracy=best[1],
+        epochs=epoch,
+        seconds=time.perf_counter() - start,
+        history=history,
+        trained=sum(weight.numel() for weight in trained.parameters()),
+        diverged=diverged,
+    )
+
+
+def _numbers(net: nn.Sequential, units: Units) -> tuple[int, ...]:
+    """`units` as sorted numbers. Raises ValueError if there is nothing to tune in them."""
+    tunable = candidates(net)
+    if units == "all":
+        units = range(1, len(net) + 1)
+    numbers = tuple(sorted({units} if isinstance(units, int) else set(units)))
+    if not set(numbers) <= set(range(1, len(net) + 1)):
+        raise ValueError(f"units are numbered 1 to {len(net)}: there is no {list(numbers)}")
+    if not set(numbers) & set(tunable):
+        raise ValueError(f"units {list(numbers)} have no parameters; those that do: {tunable}")
+    return numbers
+
+
+def _run_once(frozen: nn.Sequential, x_train, x_val, device, cache_bytes: int):
+    """The images after `frozen`, and what remains to be run: nothing, if they fit `cache_bytes`.
+
+    The same output is needed in every epoch. Beyond the budget, images and `frozen` come back.
+    """
+    with torch.no_grad():
+        one = frozen(_load(x_train[:1], device)) if len(frozen) else x_train[:1]
+        if one.nbytes * (len(x_train) + len(x_val)) > cache_bytes:
+            return frozen, x_train, x_val
+        if len(frozen):
+            x_train, x_val = (
+                torch.cat([frozen(_load(chunk, device)) for chunk in x.split(CHUNK)])
+                for x in (x_train, x_val)
+            )
+    return nn.Sequential(), x_train.to(device), x_val.to(device)
+
+
+def _train_mode(units: nn.Module) -> None:
+    """Dropout on; BatchNorm's statistics stay those of the source, as in every frozen unit."""
+    units.train()
+    for module in units.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            module.eval()
+
+
+# ---------------------------------------------------------------- selection (sections 3 and 4)
+#
+# The number after each line is that of the pseudo-code. `tune` stands for "fine-tune ... on D_train
+# until accuracy on D_val stops improving"; a caller that needs a network in several algorithms
+# passes a `fine_tune` that remembers. Units without parameters are no candidates.
+# `max` returns the first of equals: the smallest unit, and a single unit before "all".
+
+
+def flex(net, train: Data, val: Data, settings=Settings(), tune=fine_tune) -> Selection:
+    """Algorithm 1: tune each unit alone, tune all, take the best on the validation set.
+
+    Raises ValueError as `fine_tune` does.
+    """
+    tuned, a = {}, {}
+    for unit in candidates(net):  # 1
+        tuned[unit] = tune(net, unit, train, val, settings)  # 2
+        a[unit] = tuned[unit].accuracy  # 3
+    # 4: end for
+    tuned["all"] = tune(net, "all", train, val, settings)  # 5
+    a["all"] = tuned["all"].accuracy  # 6
+    best = max(a, key=a.get)  # 7
+    return Selection(chosen=best, best=best, tuned=tuned)
+
+
+def fast_flex(net, train: Data, val: Data, settings=Settings(), tune=fine_tune) -> Selection:
+    """Algorithm 2: tune all units, choose by the proxies' accuracy, tune the chosen unit.
+
+    Raises ValueError as `fine_tune` does.
+    """
+    tuned, a = {}, {}
+    tuned["all"] = tune(net, "all", train, val, settings)  # 1
+    a_all = tuned["all"].accuracy  # 2
+    for unit in candidates(net):  # 3
+        proxy = surgery(net, tuned["all"].net, unit)  # 4
+        a[unit] = accuracy(proxy, val, settings)  # 5
+    # 6: end for
+    best = max(a, key=a.get)  # 7
+    tuned[best] = tune(net, best, train, val, settings)  # 8
+    a_best = tuned[best].accuracy  # 9
+    chosen = best if a_best >= a_all else "all"  # 10
+    return Selection(chosen=chosen, best=best, tuned=tuned, proxies=a)
+
+
+def faster_flex(net, train: Data, val: Data, settings=Settings(), tune=fine_tune) -> Selection:
+    """Algorithm 3: as fast-flex, with the proxies from a single epoch and without ft-all.
+
+    Raises ValueError as `fine_tune` does.
+    """
+    tuned, a = {}, {}
+    tuned["all"] = tune(net, "all", train, val, settings, epochs=1)  # 1
+    for unit in candidates(net):  # 2
+        proxy = surgery(net, tuned["all"].net, unit)  # 3
+        a[unit] = accuracy(proxy, val, settings)  # 4
+    # 5: end for
+    best = max(a, key=a.get)  # 6
+    tuned[best] = tune(net, best, train, val, settings)  # 7
+    return Selection(chosen=best, best=best, tuned=tuned, proxies=a)
+
+
+# ---------------------------------------------------------------- baselines (section 5.1)
+
+
+def source(net, train: Data, val: Data, settings=Settings(), tune=fine_tune) -> Result:
+    """The source network as it is."""
+    start = time.perf_counter()
+    a = accuracy(net, val, settings)
+    seconds = time.perf_counter() - start
+    return Result(copy.deepcopy(net).eval(), (), a, 0, seconds, [(0, a)], 0, False)
+
+
+def ft_all(net, train: Data, val: Data, settings=Settings(), tune=fine_tune) -> Result:
+    """Fine-tune all units."""
+    return tune(net, "all", train, val, settings)
+
+
+def ft_fc(net, train: Data, val: Data, settings=Settings(), n: int = 1, tune=fine_tune) -> Result:
+    """Fine-tune the last `n` units (of those that have parameters)."""
+    return tune(net, candidates(net)[-n:], train, val, settings)
+
+
+def ft_ss(net, train: Data, val: Data, settings=Settings(), tune=fine_tune) -> Result:
+    """Fine-tune the last unit and, in every layer below it, scales and shifts of frozen weights.
+
+    After Sun et al., "Meta-Transfer Learning for Few-Shot Learning", CVPR 2019: a convolution has
+    a scale for each kernel (output, input), a linear layer for each output, starting at 1; both
+    have a shift of each output, starting at 0. Everything else, BatchNorm too, stays as it is.
+    The returned network has the scales and shifts multiplied and added into weights and biases,
+    so a layer that had no bias now has one.
+    """
+    last = candidates(net)[-1]
+    scaled = copy.deepcopy(net)
+    layers = []
+    for name, layer in list(scaled.named_modules()):
+        if layer in set(scaled[last - 1].modules()):
+            continue
+        for key, weight in list(layer.named_parameters(recurse=False)):
+            delattr(layer, key)
+            layer.register_buffer(key, weight.detach())  # a buffer is not trained
+        if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            # Training a bias is training a shift from 0 that is added to it.
+            shift = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
+            layer.bias = nn.Parameter(shift)
+            parametrize.register_parametrization(layer, "weight", _Scale(layer.weight))
+            layers.append(name)
+    result = tune(scaled, "all", train, val, settings)
+    plain = surgery(net, result.net, last)
+    for name in layers:
+        layer = result.net.get_submodule(name)
+        plain.get_submodule(name).weight.data = layer.weight.detach()
+        plain.get_submodule(name).bias = nn.Parameter(layer.bias.detach())
+    return replace(result, net=plain.eval())
+
+
+class _Scale(nn.Module):
+    def __init__(self, weight):  # convolution [out, in, ...]; linear layer [out, in]
+        super().__init__()
+        each = weight.shape[:2] if weight.dim() > 2 else weight.shape[:1]
+        ones = weight.new_ones(each + (1,) * (weight.dim() - len(each)))
+        self.scale = nn.Parameter(ones)
+
+    def forward(self, weight):
+        return weight * self.scale
