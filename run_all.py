@@ -1,0 +1,609 @@
+"""The experiments of Royer & Lampert, "A Flexible Selection Scheme for Minimum-Effort Transfer
+Learning", WACV 2020: every method on one transfer scenario, on several, or on all.
+
+    python run_all.py --target mnist-m --ratio 30                 # one scenario, all methods
+    python run_all.py --target blurry occluded --ratio 3 30       # four scenarios
+    python run_all.py --target blurry --ratio 30 --methods flex ft-all --runs 3 --data DIR
+    python run_all.py --list                                      # all scenarios, and their data
+
+Results are appended to results/results.jsonl, a line per scenario, run and method.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import os
+import pickle
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import flextune
+import models
+import shifts
+from flextune import Settings
+
+# ---------------------------------------------------------------- scenarios
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source domain: its network, how that is trained and tuned, and its targets (Table 2)."""
+
+    network: str
+    build: Callable[[], nn.Sequential]
+    pretraining: Settings
+    tuning: Settings
+    targets: tuple[str, ...]
+    ratios: tuple[int, ...]  # images per class, the smallest first
+
+
+SOURCES = {
+    "mnist": Source(
+        network="4-layer",
+        build=models.mnist_net,
+        pretraining=Settings(lr=1e-3, max_epochs=20),
+        tuning=Settings(lr=1e-3),
+        targets=("blurry", "occluded", "mnist-m", "transform-random", "transform-fixed"),
+        ratios=(3, 30, 300, 3000),
+    ),
+}
+
+METHODS = {
+    "source": flextune.source,
+    "ft-fc-1": partial(flextune.ft_fc, n=1),
+    "ft-fc-2": partial(flextune.ft_fc, n=2),
+    "ft-ss": flextune.ft_ss,
+    "ft-all": flextune.ft_all,
+    "flex": flextune.flex,
+    "fast-flex": flextune.fast_flex,
+    "faster-flex": flextune.faster_flex,
+}
+
+TABLE_2 = {  # test accuracy of the source network
+    ("mnist", "blurry"): 0.748,
+    ("mnist", "occluded"): 0.581,
+    ("mnist", "mnist-m"): 0.439,
+    ("mnist", "transform-random"): 0.322,
+    ("mnist", "transform-fixed"): 0.160,
+}
+_COLUMNS = ("flex", "fast-flex", "faster-flex", "ft-fc-1", "ft-fc-2", "ft-ss", "ft-all")
+TABLE_3 = {  # test accuracy of each method
+    scenario: dict(zip(_COLUMNS, figures))
+    for scenario, figures in {
+        ("mnist", "blurry", 30): (0.926, 0.926, 0.926, 0.921, 0.928, 0.928, 0.921),
+        ("mnist", "occluded", 30): (0.806, 0.806, 0.801, 0.785, 0.801, 0.792, 0.806),
+        ("mnist", "mnist-m", 30): (0.683, 0.683, 0.671, 0.615, 0.670, 0.675, 0.683),
+        ("mnist", "transform-random", 30): (0.644, 0.644, 0.644, 0.573, 0.638, 0.624, 0.625),
+        ("mnist", "transform-fixed", 30): (0.908, 0.887, 0.879, 0.839, 0.875, 0.866, 0.887),
+    }.items()
+}
+
+
+def paper(source: str, target: str, ratio: int, method: str) -> float | None:
+    """The test accuracy that the paper published, if it did."""
+    if method == "source":
+        return TABLE_2[source, target]
+    return TABLE_3.get((source, target, ratio), {}).get(method)
+
+
+# ---------------------------------------------------------------- progress
+
+
+class Progress:
+    """On standard error: what is being done, and about how long the rest takes.
+
+    On a terminal one line that is rewritten; elsewhere plain lines, one for each step and, in a
+    long step, one each ten seconds.
+    """
+
+    def __init__(self, steps: int):
+        self.steps, self.done = steps, 0
+        self.start = self.printed = time.perf_counter()
+        self.terminal = sys.stderr.isatty()
+
+    def show(self, text: str, part: float = 0.0) -> None:
+        """Say what is under way; of the present step, `part` (0 to 1) is done."""
+        now = time.perf_counter()
+        done = self.done + part
+        left = (now - self.start) / done * (self.steps - done) if done else math.inf
+        line = f"[{self.done}/{self.steps}] {text}"
+        if now - self.start > 2 and 0 < left < math.inf:
+            line += f", about {duration(left)} left"
+        if self.terminal:
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r{line[:width]}\x1b[K", end="", file=sys.stderr, flush=True)
+        elif part == 0 or now - self.printed > 10:
+            print(line, file=sys.stderr, flush=True)
+            self.printed = now
+
+    def step(self, text: str) -> None:
+        """Say what has been done."""
+        self.done += 1
+        self.show(text)
+
+    def download(self, text: str, done: int, total: int) -> None:
+        """A `shifts.Report`."""
+        self.show(f"{text}, {done >> 20} of {total >> 20} MiB", done / max(total, done))
+
+
+def clear_line() -> None:
+    """Leave the line of the progress to other output."""
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Rounded for a reader: 45 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+# ---------------------------------------------------------------- running
+
+
+class Once:
+    """`fine_tune` that trains each network of a scenario-run once, whichever methods need it.
+
+    The recorded epochs and seconds are charged to each method that uses the network (Table 1).
+    """
+
+    def __init__(self, net: nn.Sequential, progress: Progress, title: str):
+        self.net, self.progress, self.title, self.results = net, progress, title, {}
+
+    def __call__(self, net, units, train, val, settings, epochs=None):
+        numbers = units if isinstance(units, list) else [units]
+        if net is not self.net:
+            numbers = ["ss"]  # the one method that brings a network of its own
+        name = "ft-" + "-".join(map(str, numbers)) + ", one epoch" * (epochs == 1)
+
+        def report(epoch, accuracy):
+            text = f"{self.title}: {name}, epoch {epoch}, validation {accuracy:.3f}"
+            self.progress.show(text, min(0.9, epoch / settings.max_epochs))
+
+        if name not in self.results:
+            result = flextune.fine_tune(net, units, train, val, settings, epochs, report)
+            self.results[name] = result
+            self.progress.step(f"{self.title}: {name}, validation {result.accuracy:.3f}")
+        return self.results[name]
+
+
+def run(scenario: dict, methods, net, domain, settings: Settings, progress: Progress):
+    """Every method on one draw of the training images: its result row and its network, each."""
+    train = shifts.subsample(domain["pool"], scenario["ratio"], settings.seed)
+    title = f"{scenario['target']}, ratio {scenario['ratio']}, run {scenario['run']}"
+    tune = Once(net, progress, title)
+    test = cache(lambda net: flextune.accuracy(net, domain["test"], settings))
+    rows, nets = [], {}
+    for method in methods:
+        outcome = METHODS[method](net, train, domain["val"], settings=settings, tune=tune)
+        chosen = isinstance(outcome, flextune.Selection)
+        result = outcome.result if chosen else outcome
+        row = {
+            "images": len(train[1]),
+            "method": method,
+            "units": result.units,
+            "val": result.accuracy,
+            "test": test(result.net),
+            "epochs": outcome.epochs,
+            "seconds": outcome.seconds,
+            "trained": result.trained,
+            "diverged": result.diverged,
+            "history": result.history,
+        }
+        if chosen:
+            row["chosen"], row["best"] = str(outcome.chosen), str(outcome.best)
+            row["proxies"] = {str(unit): a for unit, a in outcome.proxies.items()}
+            row["candidates"] = {
+                str(unit): {
+                    "val": tuned.accuracy,
+                    "test": test(tuned.net),
+                    "epochs": tuned.epochs,
+                    "seconds": tuned.seconds,
+                }
+                for unit, tuned in outcome.tuned.items()
+            }
+        rows.append(scenario | row | {"settings": asdict(settings)})
+        nets[method] = result.net
+    return rows, nets
+
+
+@cache
+def unit_names(source: str) -> list[str]:
+    """The names of the source network's units, in order."""
+    with torch.device("meta"):  # no weights, no random numbers
+        return [name for name, _ in SOURCES[source].build().named_children()]
+
+
+def trainings(methods, source: str) -> int:
+    """How many networks a run fine-tunes at the most, one that several methods need once."""
+    last = len(unit_names(source))
+    needs = {
+        "source": [],
+        "ft-fc-1": [last],
+        "ft-fc-2": ["last two"],
+        "ft-ss": ["scales"],
+        "ft-all": ["all"],
+        "flex": [*range(1, last + 1), "all"],
+        "fast-flex": ["all", "fast"],
+        "faster-flex": ["one epoch", "faster"],
+    }
+    needed = {network for method in methods for network in needs[method]}
+    return len(needed - ({"fast", "faster"} if "flex" in methods else set()))
+
+
+def source_network(name: str, root: Path | None, out: Path, device: str | None) -> nn.Sequential:
+    """The source network, trained once on the source's own images and then kept in `out`."""
+    source, domain = SOURCES[name], shifts.load(name, None, root)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = source.build()
+    made_of = hashlib.md5(f"{net} {source.pretraining}".encode())
+    for split in ("source", "val"):
+        made_of.update(domain[split][0].numpy())
+    path = out / f"source-{name}-{'real' if root else 'builtin'}.pt"
+    try:
+        kept = torch.load(path, weights_only=True)
+        if kept["made_of"] == made_of.hexdigest():
+            net.load_state_dict(kept["net"])
+            return net
+    except FileNotFoundError:
+        pass
+    except (OSError, RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError):
+        print(f"{path} cannot be read: the source network is trained anew", file=sys.stderr)
+    progress = Progress(1)
+
+    def report(epoch, accuracy):
+        text = f"pretraining on {name}: epoch {epoch}, validation {accuracy:.3f}"
+        progress.show(text, epoch / settings.max_epochs)
+
+    settings = replace(source.pretraining, device=device)
+    net = flextune.fine_tune(
+        net, "all", domain["source"], domain["val"], settings, None, report
+    ).net
+    clear_line()
+    save({"made_of": made_of.hexdigest(), "net": net.state_dict()}, path)
+    return net
+
+
+def save(content, path: Path) -> None:
+    """Write a file that `torch.load(path, weights_only=True)` reads, whole or not at all."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        torch.save(content, part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- tables
+
+BUILT_IN = "BUILT-IN DATA: drawn by shifts.py, no figure compares with the paper's"
+
+
+def print_scenario(rows: list[dict]) -> None:
+    """The tables of one scenario: means over its runs."""
+    first, names = rows[0], unit_names(rows[0]["source"])
+    runs = len({row["run"] for row in rows})
+    print(f"\n{first['source']} -> {first['target']}, ratio {first['ratio']}", end=": ")
+    print(f"{first['images']} training images, {runs} run{'s' * (runs > 1)}", end=", ")
+    print(f"top-{first['settings']['top_k']} accuracy")
+    print("real data" if first["data"] == "real" else BUILT_IN)
+    print_methods(rows, names)
+    if any("candidates" in row for row in rows):
+        print_units(rows, names)
+
+
+def print_methods(rows: list[dict], names: list[str]) -> None:
+    """A line for each method, with the paper's figure where the data are real."""
+    table = [["method", "tuned", "validation", "test", "paper", "epochs", "seconds"]]
+    for method, mine in by_method(rows).items():
+        first = mine[0]
+        worse = any(row["val"] < row["history"][0][1] for row in mine)
+        published = paper(first["source"], first["target"], first["ratio"], method)
+        table.append(
+            [
+                method + "*" * worse + "!" * any(row["diverged"] for row in mine),
+                tuned(mine, names),
+                *(mean([row[key] for row in mine]) for key in ("val", "test")),
+                f"{published:.3f}" if published else "not published",
+                f"{statistics.mean(row['epochs'] for row in mine):.0f}",
+                f"{statistics.mean(row['seconds'] for row in mine):.1f}",
+            ]
+        )
+    if rows[0]["data"] != "real":
+        table = [line[:4] + line[5:] for line in table]
+    print_columns(table, left=2)
+    marks = "".join(line[0][-2:] for line in table)
+    if "*" in marks:
+        print("* worse on the validation set than the source network, in a run or more")
+    if "!" in marks:
+        print("! diverged, in a run or more: its network is from before that")
+
+
+def print_units(rows: list[dict], names: list[str]) -> None:
+    """A line for each candidate: its accuracies, and which algorithms chose it (how often)."""
+    selections = [row for row in rows if "candidates" in row]
+    runs = len({row["run"] for row in rows})
+    table = [
+        ["unit", "validation", "test", "proxy (fast-flex)", "proxy (faster-flex)", "chosen by"]
+    ]
+    for number, name in enumerate([*names, ""], 1):
+        unit = str(number) if name else "all"
+        networks, proxies = {}, {"fast-flex": {}, "faster-flex": {}}
+        choices = Counter(row["method"] for row in selections if row["chosen"] == unit)
+        for row in selections:
+            method, run = row["method"], row["run"]
+            if unit in row["proxies"]:
+                proxies[method][run] = row["proxies"][unit]
+            # Algorithm 3 tunes all units for a single epoch: that is not ft-all.
+            if unit in row["candidates"] and (unit, method) != ("all", "faster-flex"):
+                networks[run] = row["candidates"][unit]
+        table.append(
+            [
+                f"{unit} {name}",
+                *(bar([network[key] for network in networks.values()]) for key in ("val", "test")),
+                *(bar(list(accuracies.values())) for accuracies in proxies.values()),
+                ", ".join(m + f" ({n} of {runs})" * (runs > 1) for m, n in choices.items()),
+            ]
+        )
+    print()
+    print_columns(table, left=len(table[0]))
+
+
+def by_method(rows: list[dict]) -> dict[str, list[dict]]:
+    """The rows of each method, in the order of the first ones."""
+    return {
+        method: [row for row in rows if row["method"] == method]
+        for method in dict.fromkeys(row["method"] for row in rows)
+    }
+
+
+def tuned(rows: list[dict], names: list[str]) -> str:
+    """Which units a method tuned: numbers and names, each with how often if that varies."""
+    labels = Counter()
+    for row in rows:
+        units = [f"{number} {names[number - 1]}" for number in row["units"]]
+        whole = len(units) == len(names)
+        label = (
+            f"{units[-1]}, scales"
+            if row["method"] == "ft-ss"
+            else "all"
+            if whole
+            else ", ".join(units)
+        )
+        labels[label or "-"] += 1
+    return "; ".join(label + f" ({n})" * (len(labels) > 1) for label, n in labels.most_common())
+
+
+def mean(values: list[float]) -> str:
+    """The mean, and over several runs the standard deviation."""
+    spread = f" \u00b1 {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+def bar(values: list[float], width: int = 12) -> str:
+    """The mean accuracy as a number and a bar."""
+    if not values:
+        return "-"
+    a = statistics.mean(values)
+    return f"{a:.3f} {'#' * round(a * width):.<{width}}"
+
+
+def print_columns(table: list[list[str]], left: int) -> None:
+    """The columns side by side, the first `left` of them aligned to the left."""
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for line in table:
+        cells = [
+            f"{cell:<{width}}" if place < left else f"{cell:>{width}}"
+            for place, (cell, width) in enumerate(zip(line, widths))
+        ]
+        print("  ".join(cells).rstrip())
+
+
+# ---------------------------------------------------------------- command line
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
+def device(text: str) -> str:
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: {str(error).splitlines()[0]}") from error
+    return text
+
+
+def parser() -> Parser:
+    result = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = result.add_argument
+    add("--source", choices=SOURCES, help="source domain; default: that of the targets")
+    add("--target", nargs="+", metavar="NAME", help="target domains (--list); default: all")
+    add("--ratio", nargs="+", type=positive, metavar="N", help="images per class; default: all")
+    add(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        metavar="NAME",
+        help="default: " + " ".join(METHODS),
+    )
+    add(
+        "--runs",
+        type=positive,
+        metavar="N",
+        help="draws of the training images; default: 20 at the smallest ratio, else 1",
+    )
+    add("--seed", type=int, default=0, help="of the first run, the next ones count up from it")
+    add(
+        "--data",
+        metavar="DIR",
+        help="folder of the real data, or builtin; default: data/, else the built-in images",
+    )
+    add("--device", type=device, help="cpu, cuda or cuda:N; default: CUDA where there is one")
+    add(
+        "--out",
+        type=Path,
+        default=Path("results"),
+        metavar="DIR",
+        help="folder of results.jsonl and the source networks; default: results",
+    )
+    add(
+        "--save",
+        type=Path,
+        metavar="FILE",
+        help="write the network that flex chose (without flex, that of the last method); for one run",
+    )
+    add("--list", action="store_true", help="show all scenarios, and whether their data are there")
+    return result
+
+
+def scenarios(args) -> list[tuple[str, str]]:
+    """The (source, target) pairs asked for. Raises ValueError for an unknown or unclear target."""
+    pairs = [
+        (source, target)
+        for source in ([args.source] if args.source else SOURCES)
+        for target in SOURCES[source].targets
+    ]
+    for name in args.target or ():
+        sources = [source for source, target in pairs if target == name]
+        if not sources:
+            known = ", ".join(target for _, target in pairs)
+            raise ValueError(f"unknown target {name}: choose from {known}")
+        if len(sources) > 1:
+            raise ValueError(f"target {name} needs --source: {' or '.join(sources)}")
+    return [pair for pair in pairs if not args.target or pair[1] in args.target]
+
+
+def print_scenarios(pairs: list[tuple[str, str]], root: Path) -> None:
+    table = [["source", "network", "target", "ratios", "accuracy", f"data in {root}"]]
+    for name, target in pairs:
+        source, there = SOURCES[name], shifts.present(name, target, root)
+        table.append(
+            [
+                name,
+                source.network,
+                target,
+                " ".join(map(str, source.ratios)),
+                f"top-{source.tuning.top_k}",
+                ", ".join(f"{data} {'there' if is_ else 'missing'}" for data, is_ in there.items()),
+            ]
+        )
+    print_columns(table, left=len(table[0]))
+
+
+def load(source: str, target: str, data: str | None) -> tuple[Path | None, dict]:
+    """The folder of the data (None: built-in) and the target domain; see `--data`."""
+    if data == "builtin":
+        return None, shifts.load(source, target, None)
+    progress, root = Progress(1), Path(data or "data")
+    try:
+        return root, shifts.load(source, target, root, progress.download)
+    except shifts.MissingError as error:
+        if data:
+            raise
+        missing = error
+    finally:
+        clear_line()
+    print(f"{'*' * 99}\n{missing}.\n{BUILT_IN}\n{'*' * 99}")
+    return None, shifts.load(source, target, None)
+
+
+def run_scenarios(args, pairs: list[tuple[str, str]]) -> None:
+    """Run, record and print every scenario asked for."""
+    plan = [
+        (source, target, ratio, args.runs or (20 if ratio == SOURCES[source].ratios[0] else 1))
+        for source, target in pairs
+        for ratio in sorted(set(args.ratio or SOURCES[source].ratios))
+    ]
+    methods = [method for method in METHODS if method in args.methods]
+    if args.save and args.save.is_dir():
+        raise ValueError(f"--save takes the name of a file, and {args.save} is a folder")
+    if args.save and sum(runs for *_, runs in plan) > 1:
+        raise ValueError("--save keeps one network: give one --target, one --ratio and --runs 1")
+    for folder in (args.out, args.save.parent if args.save else args.out):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # better now than after the training
+    progress = Progress(sum(runs * trainings(methods, source) for source, *_, runs in plan))
+    for (source, target), steps in itertools.groupby(plan, key=lambda step: step[:2]):
+        paused = time.perf_counter()
+        root, domain = load(source, target, args.data)
+        tuning = replace(SOURCES[source].tuning, device=args.device)
+        net = source_network(source, root, args.out, args.device)
+        own = flextune.accuracy(net, shifts.load(source, None, root)["test"], tuning)
+        where = f"data in {root}" if root else "built-in data"
+        print(
+            f"{source}: {SOURCES[source].network} network, {own:.3f} on its own test images, {where}"
+        )
+        progress.start += time.perf_counter() - paused
+        for _, _, ratio, runs in steps:
+            rows = []
+            for number in range(1, runs + 1):
+                ends_at = progress.done + trainings(methods, source)
+                settings = replace(tuning, seed=args.seed + number - 1)
+                scenario = {
+                    "source": source,
+                    "target": target,
+                    "ratio": ratio,
+                    "run": number,
+                    "seed": settings.seed,
+                    "data": "real" if root else "built-in",
+                }
+                new, nets = run(scenario, methods, net, domain, settings, progress)
+                with open(args.out / "results.jsonl", "ab", buffering=0) as file:
+                    file.write("".join(json.dumps(row) + "\n" for row in new).encode())
+                rows += new
+                progress.done = ends_at
+            clear_line()
+            print_scenario(rows)
+    if args.save:
+        method = "flex" if "flex" in nets else methods[-1]
+        save(nets[method].state_dict(), args.save)
+        print(f"\nthe network of {method} is in {args.save}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parse = parser()
+    args = parse.parse_args(argv)
+    try:
+        pairs = scenarios(args)
+        if args.list:
+            print_scenarios(pairs, Path(args.data or "data"))
+        else:
+            run_scenarios(args, pairs)
+    except (shifts.DataError, ValueError, OSError) as error:
+        clear_line()
+        parse.exit(2, f"{parse.prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        clear_line()
+        parse.exit(130, f"{parse.prog}: interrupted; finished runs are in {args.out}\n")
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # where there is no UTF-8
+    main()
