@@ -1,0 +1,1054 @@
+"""Tests of behaviour: the paper transcribed naively as oracle, known values, and invariants.
+
+They need no network and no data; the whole suite takes about a minute on two cores.
+"""
+
+import copy
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import flextune
+import models
+import run_all
+import shifts
+from flextune import Result, Settings, fine_tune
+
+HERE = Path(__file__).parent
+FAST = Settings(lr=1e-2, batch_size=16, check_every=2, patience=3, max_epochs=40, device="cpu")
+
+# ---------------------------------------------------------------- a small problem
+
+
+def images(n, seed, shifted=False):
+    """n uint8 images [n, 3, 8, 8] of 4 classes, a brighter quarter each; shifted: tinted, noisy."""
+    draw = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % 4
+    x = torch.randint(0, 100, (n, 3, 8, 8), generator=draw)
+    for quarter, (row, column) in enumerate(((0, 0), (0, 4), (4, 0), (4, 4))):
+        x[y == quarter, :, row : row + 4, column : column + 4] += 60
+    if shifted:
+        x = x // 3 + torch.tensor([120, 60, 0])[:, None, None]
+        x += torch.randint(-100, 100, x.shape, generator=draw)
+    return x.clamp(0, 255).byte(), y
+
+
+def small_net(dropout=0.2):
+    """Five units, the third of them without parameters; BatchNorm, and dropout in the fourth."""
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+        nn.MaxPool2d(2),
+        nn.Sequential(nn.Flatten(), nn.Linear(128, 16), nn.ReLU(), nn.Dropout(dropout)),
+        nn.Linear(16, 4),
+    )
+
+
+@pytest.fixture(scope="module")
+def source():
+    """A network pretrained on the unshifted images, with BatchNorm statistics of its own."""
+    torch.manual_seed(0)
+    net, (x, y) = small_net(), images(200, seed=1)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for _ in range(30):
+        optimizer.zero_grad()
+        cross_entropy(net(x / 255), y).backward()
+        optimizer.step()
+    return net.train()  # as a user may hand it over
+
+
+@pytest.fixture(scope="module")
+def train():
+    return images(33, seed=2, shifted=True)  # with batches of 16, the last one is a single image
+
+
+@pytest.fixture(scope="module")
+def val():
+    return images(100, seed=3, shifted=True)
+
+
+def same(a, b):
+    """Are two networks or units the same, bit for bit, buffers included?"""
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# ---------------------------------------------------------------- the oracle
+
+
+def naive_accuracy(net, data):
+    with torch.no_grad():
+        return (net.eval()(data[0] / 255).argmax(1) == data[1]).float().mean().item()
+
+
+def naive_fine_tune(net, units, train, val, settings, epochs=None):
+    """The literal loop: the whole network in every step. Returns (network, accuracy, epochs)."""
+    net = copy.deepcopy(net)
+    trained = [p for unit in units for p in net[unit - 1].parameters()]
+    optimizer = torch.optim.Adam(trained, lr=settings.lr)
+    order = torch.Generator().manual_seed(settings.seed)
+    torch.manual_seed(settings.seed)
+    best, best_net, stale = -1, None, 0
+    for epoch in range(1, (epochs or settings.max_epochs) + 1):
+        net.eval()
+        for unit in units:
+            for module in net[unit - 1].modules():
+                module.training = not isinstance(module, nn.BatchNorm2d)
+        permutation = torch.randperm(len(train[0]), generator=order)
+        for start in range(0, len(permutation), settings.batch_size):
+            batch = permutation[start : start + settings.batch_size]
+            net.zero_grad()
+            cross_entropy(net(train[0][batch] / 255), train[1][batch]).backward()
+            optimizer.step()
+        if epochs is None and epoch % settings.check_every == 0:
+            a = naive_accuracy(net, val)
+            if a > best:
+                best, best_net, stale = a, copy.deepcopy(net), 0
+            else:
+                stale += 1
+            if stale == settings.patience:
+                break
+    if epochs is not None:
+        best, best_net = naive_accuracy(net, val), net
+    return best_net, best, epoch
+
+
+def naive_proxies(net, tuned, val):
+    a = {}
+    for unit in (1, 2, 4, 5):
+        proxy = copy.deepcopy(net)
+        proxy[unit - 1] = copy.deepcopy(tuned[unit - 1])
+        a[unit] = naive_accuracy(proxy, val)
+    return a
+
+
+def arg_max(a):
+    return next(key for key in a if a[key] == max(a.values()))
+
+
+@pytest.fixture(scope="module", params=[0, 1, 2], ids="seed {}".format)
+def both(request, source, train, val):
+    """The settings, and the naive fine-tuning of every candidate and of one epoch of all."""
+    settings = replace(FAST, seed=request.param)
+    everything = {1: [1], 2: [2], 4: [4], 5: [5], "all": [1, 2, 3, 4, 5]}
+    naive = {
+        name: naive_fine_tune(source, units, train, val, settings)
+        for name, units in everything.items()
+    }
+    naive["epoch"] = naive_fine_tune(source, everything["all"], train, val, settings, epochs=1)
+    return settings, naive
+
+
+def test_flex_is_algorithm_1(source, train, val, both):
+    settings, naive = both
+    a = {name: naive[name][1] for name in (1, 2, 4, 5, "all")}
+    ours = flextune.flex(source, train, val, settings)
+    assert {name: result.accuracy for name, result in ours.tuned.items()} == pytest.approx(a)
+    assert {name: result.epochs for name, result in ours.tuned.items()} == {
+        name: naive[name][2] for name in a
+    }
+    assert ours.chosen == ours.best == arg_max(a)
+    for name, result in ours.tuned.items():
+        for mine, theirs in zip(result.net.parameters(), naive[name][0].parameters()):
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_fast_flex_is_algorithm_2(source, train, val, both):
+    settings, naive = both
+    proxies = naive_proxies(source, naive["all"][0], val)
+    best = arg_max(proxies)
+    ours = flextune.fast_flex(source, train, val, settings)
+    assert ours.proxies == pytest.approx(proxies)
+    assert ours.best == best
+    assert ours.chosen == (best if naive[best][1] >= naive["all"][1] else "all")
+    assert ours.result.accuracy == pytest.approx(max(naive[best][1], naive["all"][1]))
+
+
+def test_faster_flex_is_algorithm_3(source, train, val, both):
+    settings, naive = both
+    proxies = naive_proxies(source, naive["epoch"][0], val)
+    ours = flextune.faster_flex(source, train, val, settings)
+    assert ours.proxies == pytest.approx(proxies)
+    assert ours.chosen == ours.best == arg_max(proxies)
+    assert ours.result.accuracy == pytest.approx(naive[ours.chosen][1])
+    assert ours.tuned["all"].epochs == 1
+
+
+# ---------------------------------------------------------------- selection
+
+
+def scripted(accuracies):
+    """A `fine_tune` that returns the network it is given, with the accuracy of a script."""
+
+    def tune(net, units, train, val, settings, epochs=None):
+        return Result(net, (), accuracies[units], 1, 0.0, [], 0, False)
+
+    return tune
+
+
+@pytest.mark.parametrize(
+    "accuracies, chosen",
+    [
+        ({1: 0.5, 2: 0.7, 4: 0.7, 5: 0.6, "all": 0.7}, 2),  # the smallest unit; a unit before all
+        ({1: 0.5, 2: 0.6, 4: 0.7, 5: 0.7, "all": 0.7}, 4),
+        ({1: 0.5, 2: 0.6, 4: 0.7, 5: 0.7, "all": 0.8}, "all"),
+    ],
+)
+def test_flex_breaks_ties(source, train, val, accuracies, chosen):
+    assert flextune.flex(source, train, val, FAST, scripted(accuracies)).chosen == chosen
+
+
+@pytest.mark.parametrize("a_best, chosen", [(0.7, 1), (0.6, "all")])
+def test_fast_flex_breaks_ties(source, train, val, a_best, chosen):
+    """All proxies are the source network here, so unit 1 is the arg max of line 7."""
+    tune = scripted({"all": 0.7, 1: a_best})
+    selection = flextune.fast_flex(source, train, val, FAST, tune)
+    assert (selection.best, selection.chosen) == (1, chosen)
+
+
+def test_a_single_epoch_that_lowers_the_accuracy_still_makes_proxies(source, val):
+    """Algorithm 3, line 1, keeps the last state: with the best one, proxies would be the source."""
+    x, y = images(200, seed=1)
+    harmful, good = (x, (y + 1) % 4), images(100, seed=4)
+    epoch = fine_tune(source, "all", harmful, good, FAST, epochs=1)
+    assert epoch.accuracy < epoch.history[0][1] == 1
+    selection = flextune.faster_flex(source, harmful, good, FAST)
+    assert min(selection.proxies.values()) < 1
+    assert not same(selection.tuned["all"].net, source)
+
+
+def test_surgery_takes_parameters_and_buffers_of_one_unit(source):
+    other, before = small_net(), copy.deepcopy(source)
+    other[1][1].running_mean += 1
+    for unit in (1, 2, 4, 5):
+        proxy = flextune.surgery(source, other, unit)
+        for number in range(1, 6):
+            assert same(proxy[number - 1], (other if number == unit else source)[number - 1])
+    assert same(source, before)
+
+
+def test_candidates_are_the_units_with_parameters(source):
+    assert flextune.candidates(source) == [1, 2, 4, 5]
+
+
+def test_a_selection_adds_up_what_it_trained(source, train, val):
+    selection = flextune.flex(source, train, val, FAST)
+    assert selection.epochs == sum(result.epochs for result in selection.tuned.values())
+    assert selection.seconds == sum(result.seconds for result in selection.tuned.values()) > 0
+
+
+# ---------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("units", [1, 2, 4, 5, [4, 5], [1, 4], "all"], ids=str)
+def test_only_the_named_units_change(source, train, val, units):
+    before, random = copy.deepcopy(source), torch.get_rng_state()
+    data = [tensor.clone() for tensor in (*train, *val)]
+    result = fine_tune(source, units, train, val, FAST)
+    assert same(source, before) and source.training
+    assert all(weight.requires_grad for weight in source.parameters())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(a, b) for a, b in zip(data, (*train, *val)))
+    for number, (mine, theirs) in enumerate(zip(result.net, source), 1):
+        assert same(mine, theirs) == (number not in result.units or number == 3)
+        for a, b in zip(mine.buffers(), theirs.buffers()):
+            assert torch.equal(a, b)  # BatchNorm's statistics, in tuned units too
+    assert not result.net.training
+    assert all(weight.requires_grad for weight in result.net.parameters())
+    numbers = range(1, 6) if units == "all" else units if isinstance(units, list) else [units]
+    assert result.units == tuple(numbers)
+    assert result.trained == sum(
+        weight.numel() for number in numbers for weight in source[number - 1].parameters()
+    )
+
+
+def test_the_result_has_the_accuracy_it_says(source, train, val):
+    result = fine_tune(source, 2, train, val, FAST)
+    assert result.accuracy == flextune.accuracy(result.net, val, FAST)
+    assert result.accuracy == pytest.approx(naive_accuracy(copy.deepcopy(result.net), val))
+    assert result.accuracy == max(a for epoch, a in result.history if epoch > 0)
+    assert result.history[0] == (0, flextune.accuracy(source, val, FAST))
+    assert [epoch for epoch, _ in result.history] == list(range(0, result.epochs + 1, 2))
+
+
+def test_dropout_is_off_in_frozen_units_and_on_in_tuned_ones(source, train, val):
+    def with_dropout(p):
+        net = small_net(dropout=p)
+        net.load_state_dict(source.state_dict())
+        return net
+
+    for unit, matters in ((5, False), (1, False), (4, True), ("all", True)):
+        tuned = [fine_tune(with_dropout(p), unit, train, val, FAST).net for p in (0.0, 0.9)]
+        assert same(*tuned) != matters
+
+
+@pytest.mark.parametrize(
+    "script, epochs, best",
+    [
+        ([0.9, 0.1, 0.3, 0.2, 0.3, 0.1], 10, 4),  # a tie is no improvement; epoch 0 does not count
+        ([0.0, 0.5, 0.4, 0.3, 0.6, 0.1, 0.1, 0.1], 14, 8),
+        ([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6], 11, 11),  # the cap, and a last check at it
+    ],
+)
+def test_early_stopping(monkeypatch, source, train, val, script, epochs, best):
+    settings = replace(FAST, max_epochs=11 if epochs == 11 else 40)
+    state = fine_tune(source, 2, train, val, settings, epochs=best).net
+    scores = iter(script)
+    monkeypatch.setattr(flextune, "_accuracy", lambda *_: next(scores))
+    reported = []
+    result = fine_tune(
+        source, 2, train, val, settings, report=lambda *check: reported.append(check)
+    )
+    assert result.epochs == epochs
+    assert result.accuracy == script[-(-best // 2)]
+    assert result.history[1:] == reported
+    assert same(result.net, state)
+    assert next(scores, None) is None
+
+
+def test_a_number_of_epochs_returns_the_last_state(monkeypatch, source, train, val):
+    scores = iter([0.9, 0.5, 0.4, 0.3, 0.2, 0.1])
+    monkeypatch.setattr(flextune, "_accuracy", lambda *_: next(scores))
+    result = fine_tune(source, 2, train, val, FAST, epochs=9)
+    assert (result.epochs, result.accuracy) == (9, 0.1)
+
+
+def test_the_same_seed_gives_the_same_result_whatever_ran_before(source, train, val):
+    def run(unit, seed=0):
+        return fine_tune(source, unit, train, val, replace(FAST, seed=seed))
+
+    first = {unit: run(unit) for unit in (1, 4, "all")}
+    torch.manual_seed(99)
+    again = {unit: run(unit) for unit in ("all", 4, 1)}
+    for unit, result in first.items():
+        assert same(result.net, again[unit].net)
+        assert result.history == again[unit].history
+    assert not same(first[4].net, run(4, seed=1).net)
+
+
+@pytest.mark.parametrize("unit", [1, 4, "all"])
+def test_beyond_the_cache_budget_the_result_is_the_same(source, train, val, unit):
+    kept, recomputed = (
+        fine_tune(source, unit, train, val, replace(FAST, cache_bytes=n)) for n in (1 << 30, 0)
+    )
+    assert kept.accuracy == recomputed.accuracy and kept.epochs == recomputed.epochs
+    for a, b in zip(kept.net.parameters(), recomputed.net.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_uint8_images_are_floats_from_0_to_1(source, train, val):
+    as_float = [(x / 255, y) for x, y in (train, val)]
+    a, b = fine_tune(source, 2, train, val, FAST), fine_tune(source, 2, *as_float, FAST)
+    assert same(a.net, b.net) and a.accuracy == b.accuracy
+
+
+def test_in_place_layers_do_not_change_the_data(train, val):
+    net = nn.Sequential(
+        nn.Sequential(nn.LeakyReLU(-1, inplace=True), nn.Flatten(), nn.Linear(192, 8)),
+        nn.Sequential(nn.LeakyReLU(-1, inplace=True), nn.Linear(8, 4)),
+    )
+    train, val = ((x / 255 - 0.5, y) for x, y in (train, val))
+    before = val[0].clone()
+    result = fine_tune(net, 2, train, val, FAST)
+    assert torch.equal(val[0], before)
+    assert result.accuracy == flextune.accuracy(result.net, val, FAST)
+
+
+def test_one_training_image_and_one_validation_image(source):
+    result = fine_tune(source, "all", images(1, seed=5), images(1, seed=6), FAST)
+    assert result.accuracy in (0, 1) and not result.diverged
+
+
+def test_a_diverged_candidate_is_the_source(source, train, val):
+    result = fine_tune(source, "all", train, val, replace(FAST, lr=1e30))
+    assert result.diverged and same(result.net, source)
+    assert result.accuracy == result.history[0][1] == flextune.accuracy(source, val, FAST)
+
+
+def test_a_candidate_that_diverges_later_keeps_its_best_state(monkeypatch, source, train, val):
+    expected = fine_tune(source, 2, train, val, replace(FAST, max_epochs=4))
+    steps = iter(range(10**6))
+
+    def loss(*batch):  # 3 steps an epoch: NaN from epoch 6 on
+        return cross_entropy(*batch) * (torch.nan if next(steps) >= 15 else 1)
+
+    monkeypatch.setattr(flextune, "cross_entropy", loss)
+    result = fine_tune(source, 2, train, val, FAST)
+    assert result.diverged and result.epochs == 6
+    assert same(result.net, expected.net) and result.accuracy == expected.accuracy
+
+
+class Wrapped(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x * 2)
+
+
+def tied():
+    layer = nn.Linear(4, 4)
+    return nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), layer, nn.ReLU(), layer)
+
+
+X, Y = images(8, seed=0)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"net": nn.Linear(3, 3)}, "must be a plain nn.Sequential"),
+        ({"net": Wrapped(nn.Flatten(), nn.Linear(192, 4))}, "must be a plain nn.Sequential"),
+        ({"net": tied()}, "share parameters"),
+        ({"net": nn.Sequential(nn.Flatten()), "units": "all"}, "no parameters"),
+        ({"net": nn.Sequential(nn.Conv2d(3, 4, 3)), "units": 1}, "logits"),
+        ({"units": 0}, "numbered 1 to 5"),
+        ({"units": [5, 6]}, "numbered 1 to 5"),
+        ({"units": []}, "no parameters"),
+        ({"units": 3}, "no parameters"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"train": (X[:0], Y[:0])}, "train: there are no images"),
+        ({"val": (X[:0], Y[:0])}, "val: there are no images"),
+        ({"train": (X, Y[:7])}, "8 images need int64 labels"),
+        ({"train": (X, Y.int())}, "8 images need int64 labels"),
+        ({"train": (X, Y + 1)}, "labels 1...4, but 4 classes"),
+        ({"val": (X, Y - 1)}, "labels -1...2, but 4 classes"),
+        ({"train": (X.numpy(), Y)}, "must be tensors"),
+        ({"train": (X.int(), Y)}, "must be uint8, or float"),
+        ({"train": (X / 0, Y)}, "without NaN and infinity"),
+        ({"train": (X[:, :1], Y)}, "do not fit"),
+        ({"val": (X[..., :6], Y)}, "do not fit"),
+        ({"settings": replace(FAST, top_k=5)}, "top_k is 5, but there are 4 classes"),
+    ],
+)
+def test_what_cannot_be_worked_with_is_a_clear_error(source, wrong, message):
+    good = {"net": source, "units": 5, "train": (X, Y), "val": (X, Y), "settings": FAST}
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        fine_tune(**good | wrong)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "check_every", "patience", "max_epochs", "top_k"])
+def test_settings_are_checked(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, not 0"):
+        Settings(**{name: 0})
+    with pytest.raises(ValueError, match="lr must be positive"):
+        Settings(lr=0)
+
+
+def test_top_k_accuracy():
+    net = nn.Sequential(nn.Flatten())
+    logits = torch.tensor([[3.0, 2, 1, 0], [0, 1, 2, 3], [0, 3, 1, 2]])[:, :, None, None]
+    logits = torch.cat([logits, torch.full((1, 4, 1, 1), 1.0)])
+    y = torch.tensor([1, 3, 0, 2])
+    got = [flextune.accuracy(net, (logits[:3], y[:3]), Settings(top_k=k)) for k in (1, 2, 3, 4)]
+    assert got == pytest.approx([1 / 3, 2 / 3, 2 / 3, 1])
+
+
+def test_logits_that_are_not_numbers_are_never_right():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 4))
+    net[1].weight.data[:] = torch.nan
+    data = torch.ones(4, 4, 1, 1), torch.arange(4)
+    assert flextune.accuracy(net, data, Settings(top_k=4)) == 0
+
+
+# ---------------------------------------------------------------- baselines
+
+
+def test_ft_fc_tunes_the_last_units(source, train, val):
+    for n, units in ((1, (5,)), (2, (4, 5)), (3, (2, 4, 5))):
+        assert flextune.ft_fc(source, train, val, FAST, n=n).units == units
+
+
+def test_ft_all_tunes_all_units(source, train, val):
+    expected = fine_tune(source, "all", train, val, FAST)
+    assert same(flextune.ft_all(source, train, val, FAST).net, expected.net)
+
+
+def test_the_source_baseline_is_untouched(source, train, val):
+    result = flextune.source(source, train, val, FAST)
+    assert same(result.net, source) and result.trained == result.epochs == 0
+    assert result.accuracy == flextune.accuracy(source, val, FAST)
+
+
+def test_ft_ss_tunes_scales_shifts_and_the_last_unit(source, train, val):
+    before = copy.deepcopy(source)
+    result = flextune.ft_ss(source, train, val, FAST)
+    net = result.net
+    # Scales: a kernel (output, input), or an output of the linear layer; shifts: an output.
+    assert result.trained == (8 * 3 + 8) + (8 * 8 + 8) + (16 + 16) + (16 * 4 + 4)
+    assert same(source, before) and source.training and not net.training
+    assert result.accuracy == flextune.accuracy(net, val, FAST)
+    for layer, old in ((net[0][0], source[0][0]), (net[1][0], source[1][0])):
+        scales = layer.weight / old.weight  # (output, input, 3, 3)
+        torch.testing.assert_close(scales, scales[:, :, :1, :1].expand_as(scales))
+        assert scales.std() > 0
+    scales = net[3][1].weight / source[3][1].weight
+    torch.testing.assert_close(scales, scales[:, :1].expand_as(scales))
+    assert source[0][0].bias is None and net[0][0].bias.abs().min() > 0
+    for mine, theirs in ((net[0][1], source[0][1]), (net[1][1], source[1][1])):
+        assert same(mine, theirs)  # BatchNorm: affine parameters and statistics
+    assert not same(net[4], source[4])
+
+
+def test_ft_ss_starts_from_the_source(source, train, val):
+    result = flextune.ft_ss(source, train, val, replace(FAST, lr=1e-12), tune=fine_tune)
+    assert result.accuracy == flextune.accuracy(source, val, FAST)
+
+
+# ---------------------------------------------------------------- shifts
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("name", [*shifts.SHIFTS, ("mnist", "mnist-m")], ids=str)
+def test_every_shift_gives_uint8_images_the_same_for_the_same_seed(name):
+    photos = list(shifts.draw_photos(3, generator()))
+    shift = shifts.SHIFTS.get(name, partial(shifts.photo_background, photos=photos))
+    x, _ = shifts.draw_digits(30, generator())
+    before = x.clone()
+    a, b, c = (shift(x, draw=generator(seed)) for seed in (0, 0, 1))
+    assert a.dtype == torch.uint8 and a.shape == x.shape
+    assert torch.equal(x, before) and not torch.equal(a, x)
+    assert torch.equal(a, b)
+    drawn = name[1] in ("occluded", "transform-random", "mnist-m")
+    assert torch.equal(a, c) != drawn
+
+
+def test_blur_is_gaussian():
+    x = torch.zeros(1, 3, 28, 28, dtype=torch.uint8)
+    x[..., 14, 14] = 255
+    y = shifts.blur(x, generator(), sigma=1.0)
+    weight = torch.exp(-(torch.arange(-3, 4) ** 2) / 2)
+    weight /= weight.sum()
+    expected = (255 * weight[:, None] * weight).round().byte()
+    assert (y[0, 1, 11:18, 11:18].int() - expected.int()).abs().max() <= 1
+    flat = torch.full((2, 3, 28, 28), 77, dtype=torch.uint8)  # the edge is not darkened
+    assert torch.equal(shifts.blur(flat, generator(), sigma=2.5), flat)
+
+
+def test_occlude_covers_a_rectangle_of_the_area():
+    x = torch.full((200, 3, 28, 28), 255, dtype=torch.uint8)
+    covered = shifts.occlude(x, generator(), area=0.25) == 0  # (200, 3, 28, 28)
+    assert torch.equal(covered[:, 0], covered[:, 2])
+    rows, columns = covered[:, 0].any(2), covered[:, 0].any(1)
+    assert torch.equal(covered[:, 0], rows[:, :, None] & columns[:, None, :])
+    assert covered.float().mean().item() == pytest.approx(0.25, abs=0.01)
+    places = covered[:, 0].float().mean(0)  # how often each pixel is covered
+    assert places[5:-5, 5:-5].min() > 0.1 and places.max() < 0.9
+
+
+def test_affine_known_maps():
+    x, _ = shifts.draw_digits(10, generator())
+    zero, one = torch.zeros(1), torch.ones(1)
+
+    def close(a, b):
+        return (a.int() - b.int()).abs().max() <= 1
+
+    assert torch.equal(shifts.affine(x, zero, zero, one, [zero, zero]), x)
+    turned = shifts.affine(x, one * torch.pi / 2, zero, one, [zero, zero])
+    assert close(turned, x.rot90(1, (2, 3)))  # anti-clockwise
+    moved = shifts.affine(x, zero, zero, one, [one * 0.25, zero])  # 7 pixels to the right
+    assert close(moved[..., 7:], x[..., :-7]) and moved[..., :7].max() == 0
+    half = shifts.affine(torch.full_like(x, 255), zero, zero, one / 2, [zero, zero])
+    assert (half > 127).float().mean().item() == pytest.approx(0.25, abs=0.02)
+
+
+def test_transform_fixed_is_one_map_and_transform_random_is_not():
+    x = shifts.draw_digits(1, generator())[0].expand(5, -1, -1, -1)
+    fixed = shifts.transform_fixed(x, generator(), angle=70)
+    assert all(torch.equal(fixed[0], image) for image in fixed)
+    drawn = shifts.transform_random(x, generator(), strength=0.77)
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_mnist_m_is_the_difference_of_patch_and_digit():
+    x, _ = shifts.draw_digits(20, generator())
+    flat = [torch.tensor([10, 100, 255], dtype=torch.uint8)[:, None, None].expand(3, 40, 30)]
+    y = shifts.photo_background(x, generator(), flat)
+    for channel, value in enumerate((10, 100, 255)):
+        assert torch.equal(y[:, channel].int(), (value - x[:, channel].int()).abs())
+    ramp = torch.arange(60 * 60).remainder(251).byte().view(1, 60, 60).expand(3, -1, -1)
+    patches = shifts.photo_background(torch.zeros_like(x), generator(), [ramp])
+    windows = ramp[0].unfold(0, 28, 1).unfold(1, 28, 1).flatten(0, 1)  # every patch of the photo
+    assert all((windows == patch[0]).all((1, 2)).any() for patch in patches)
+
+
+# ---------------------------------------------------------------- splits and subsampling
+
+
+@pytest.mark.parametrize(
+    "sizes, ratio, expected",
+    [
+        ([300, 300, 300], 10, [10, 10, 10]),
+        ([600, 300, 100], 10, [18, 9, 3]),
+        ([960, 20, 20], 2, [4, 1, 1]),  # at least one of each
+        ([500, 300, 205], 1, [1, 1, 1]),
+        ([10, 20, 30], 20, [10, 20, 30]),  # the largest ratio is the whole pool
+    ],
+)
+def test_subsample_keeps_the_proportions(sizes, ratio, expected):
+    y = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    x = torch.arange(len(y))
+    drawn, classes = shifts.subsample((x, y), ratio, seed=0)
+    assert classes.bincount().tolist() == expected
+    assert len(drawn.unique()) == len(drawn) and torch.equal(y[drawn], classes)
+    assert torch.equal(drawn, shifts.subsample((x, y), ratio, seed=0)[0])
+    other = shifts.subsample((x, y), ratio, seed=1)[0]
+    assert torch.equal(drawn.sort()[0], other.sort()[0]) == (expected == sizes)
+
+
+def test_a_ratio_beyond_the_pool_names_the_largest():
+    data = torch.zeros(25), torch.arange(25) % 3
+    with pytest.raises(shifts.DataError, match="the largest .* is 8$"):
+        shifts.subsample(data, 9, seed=0)
+
+
+def idx(array):
+    """The bytes of an IDX file."""
+    sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+    return bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes()
+
+
+@pytest.fixture
+def mnist(tmp_path):
+    """A folder with 600 + 200 images in MNIST's format; the first bytes number the images."""
+    for half, n, ending in (("train", 600, ".gz"), ("t10k", 200, "")):
+        x = np.random.default_rng(n).integers(0, 256, (n, 28, 28), np.uint8)
+        x[:, 0, 0], x[:, 0, 1] = np.arange(n) // 256 + (half == "t10k") * 100, np.arange(n) % 256
+        y = (np.arange(n) % 10).astype(np.uint8)
+        for kind, array in (("images-idx3", x), ("labels-idx1", y)):
+            path = tmp_path / "mnist" / f"{half}-{kind}-ubyte{ending}"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(gzip.compress(idx(array)) if ending else idx(array))
+    return tmp_path
+
+
+def test_mnist_splits_share_no_image_and_depend_on_nothing(mnist):
+    domain = shifts.load("mnist", None, mnist)
+    assert {split: len(y) for split, (_, y) in domain.items()} == {
+        "source": 250,
+        "pool": 300,
+        "val": 50,
+        "test": 200,
+    }
+    numbers = [x[:, 0, 0, :2].tolist() for x, _ in domain.values()]
+    together = [tuple(number) for split in numbers for number in split]
+    assert len(set(together)) == len(together) == 800
+    for x, y in domain.values():
+        assert x.dtype == torch.uint8 and x.shape[1:] == (3, 28, 28) and y.dtype == torch.int64
+        index = x[:, 0, 0, 0].long() % 100 * 256 + x[:, 0, 0, 1]
+        assert torch.equal(y, index % 10)
+    shifts._mnist.cache_clear()
+    torch.manual_seed(5)
+    assert torch.equal(shifts.load("mnist", None, mnist)["pool"][0], domain["pool"][0])
+
+
+def test_a_target_shifts_the_splits_it_is_tuned_and_tested_on(mnist):
+    plain = shifts.load("mnist", None, mnist)
+    shifted = shifts.load("mnist", "transform-fixed", mnist)
+    assert shifted.keys() == {"pool", "val", "test"}
+    for split, (x, y) in shifted.items():
+        assert x.shape == plain[split][0].shape and torch.equal(y, plain[split][1])
+
+
+# ---------------------------------------------------------------- files and downloads
+
+ARRAY = np.arange(2 * 28 * 28, dtype=np.uint8).reshape(2, 28, 28)
+
+
+@pytest.mark.parametrize("name, content", [("a", idx(ARRAY)), ("a.gz", gzip.compress(idx(ARRAY)))])
+def test_read_idx(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    array = shifts.read_idx(tmp_path / name)
+    assert array.dtype == torch.uint8 and np.array_equal(array, ARRAY)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    {
+        "empty": b"",
+        "empty.gz": b"",
+        "magic": b"\1" + idx(ARRAY)[1:],
+        "type": b"\0\0\x0d\3" + idx(ARRAY)[4:],
+        "header": idx(ARRAY)[:9],
+        "short": idx(ARRAY)[:-1],
+        "long": idx(ARRAY) + b"\0",
+        "promise": b"\0\0\x08\3" + b"\xff" * 12,  # 2^96 bytes
+        "plain.gz": idx(ARRAY),
+        "early.gz": gzip.compress(idx(ARRAY))[:-20],
+        "flipped.gz": gzip.compress(idx(ARRAY))[:30] + b"!" + gzip.compress(idx(ARRAY))[31:],
+        "folder": None,
+    }.items(),
+)
+def test_read_idx_says_what_is_wrong(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content) if content is not None else (tmp_path / name).mkdir()
+    with pytest.raises(shifts.DataError, match=re.escape(str(tmp_path / name))) as caught:
+        shifts.read_idx(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_not_mnist(mnist):
+    (mnist / "mnist" / "t10k-labels-idx1-ubyte").write_bytes(idx(np.zeros(7, np.uint8)))
+    with pytest.raises(shifts.DataError, match="are not MNIST"):
+        shifts.load("mnist", None, mnist)
+
+
+@pytest.fixture
+def server():
+    """An HTTP server of the test's own: a dictionary of path to (headers, body), and its URL."""
+    pages = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            headers, body = pages.get(self.path, ({}, None))
+            self.send_response(404 if body is None else 200)
+            for name, value in ({"Content-Length": len(body or b"")} | headers).items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            self.wfile.write(body or b"")
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield pages, f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_fetch_gets_the_whole_file_or_none(tmp_path, server):
+    pages, url = server
+    body = bytes(range(256)) * 4000
+    pages["/good"] = {}, body
+    pages["/cut"] = {"Content-Length": len(body) + 1}, body
+    right = hashlib.md5(body).hexdigest()
+    seen = []
+    path = shifts.fetch(f"{url}/good", tmp_path / "new" / "good", right, lambda *a: seen.append(a))
+    assert path.read_bytes() == body
+    assert seen[-1] == ("downloading good", len(body), len(body))
+    for page, md5, reason in (
+        ("good", "0" * 32, f"its MD5 is {right}, not {'0' * 32}"),
+        ("cut", None, "ended|IncompleteRead"),
+        ("none", None, "404|Not Found"),
+    ):
+        with pytest.raises(shifts.MissingError, match=reason):
+            shifts.fetch(f"{url}/{page}", tmp_path / page, md5)
+    with pytest.raises(shifts.MissingError, match="refused"):
+        shifts.fetch("http://127.0.0.1:1/x", tmp_path / "refused")
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "good"]
+
+
+def test_mnist_is_downloaded_where_it_is_missing(tmp_path, mnist, server, monkeypatch):
+    pages, url = server
+    for path in (mnist / "mnist").iterdir():
+        raw = gzip.decompress(path.read_bytes()) if path.suffix else path.read_bytes()
+        pages[f"/{path.stem if path.suffix else path.name}.gz"] = {}, gzip.compress(raw, mtime=0)
+    sums = {name[1:-3]: hashlib.md5(body).hexdigest() for name, (_, body) in pages.items()}
+    monkeypatch.setattr(shifts, "MNIST", {name: sums[name] for name in shifts.MNIST})
+    monkeypatch.setattr(shifts, "MNIST_URL", f"{url}/")
+    (mnist / "mnist" / "t10k-labels-idx1-ubyte").unlink()
+    downloaded = shifts.load("mnist", None, tmp_path / "elsewhere")
+    assert torch.equal(downloaded["pool"][0], shifts.load("mnist", None, mnist)["pool"][0])
+    assert len(list((tmp_path / "elsewhere" / "mnist").iterdir())) == 4
+
+
+def photo_archive(name="BSR/BSDS500/data/images/train/{}.jpg"):
+    image = pytest.importorskip("PIL.Image")
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+        for number, size in enumerate(((48, 32), (32, 48))):
+            jpg = io.BytesIO()
+            image.new("RGB", size, (200, 100, 50)).save(jpg, "JPEG")
+            member = tarfile.TarInfo(name.format(number))
+            member.size = jpg.tell()
+            jpg.seek(0)
+            tar.addfile(member, jpg)
+    return archive.getvalue()
+
+
+def test_photos_are_downloaded_and_unpacked(mnist, server, monkeypatch):
+    pages, url = server
+    pages["/bsds.tgz"] = {}, photo_archive()
+    monkeypatch.setattr(shifts, "BSDS500_URL", f"{url}/bsds.tgz")
+    assert shifts.present("mnist", "mnist-m", mnist) == {"mnist": True, "bsds500": False}
+    digits = shifts.load("mnist", None, mnist)["test"][0]
+    x, _ = shifts.load("mnist", "mnist-m", mnist)["test"]
+    expected = (torch.tensor([200, 100, 50])[:, None, None] - digits.int()).abs()
+    assert (x.int() - expected).abs().max() <= 2  # JPEG rounds
+    assert shifts.present("mnist", "mnist-m", mnist) == {"mnist": True, "bsds500": True}
+    assert sorted(path.name for path in mnist.iterdir()) == ["bsds500", "mnist"]
+
+
+def test_a_broken_photo_and_an_empty_folder(mnist):
+    pytest.importorskip("PIL.Image")
+    (mnist / "bsds500").mkdir()
+    with pytest.raises(shifts.DataError, match="has no .jpg"):
+        shifts.load("mnist", "mnist-m", mnist)
+    (mnist / "bsds500" / "1.jpg").write_text("no photo")
+    with pytest.raises(shifts.DataError, match="1.jpg cannot be read as a photo"):
+        shifts.load("mnist", "mnist-m", mnist)
+
+
+def test_without_pillow_nothing_is_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setattr(shifts, "fetch", lambda *_: pytest.fail("downloads"))
+    with pytest.raises(shifts.DataError, match="pip install pillow"):
+        shifts.load("mnist", "mnist-m", tmp_path)
+
+
+# ---------------------------------------------------------------- built-in digits
+
+
+def test_built_in_digits_are_the_same_every_time_and_balanced():
+    (a, y), (b, _) = (shifts.draw_digits(500, generator(3)) for _ in range(2))
+    assert torch.equal(a, b) and y.bincount().tolist() == [50] * 10
+    assert a.shape == (500, 3, 28, 28) and a.dtype == torch.uint8 and a.max() > 200
+    sizes = {split: len(y) for split, (_, y) in shifts.load("mnist", None, None).items()}
+    assert sizes == {"source": 5000, "pool": 30000, "val": 1000, "test": 2000}
+    assert 3000 * 10 <= sizes["pool"]  # the paper's largest ratio
+
+
+@pytest.fixture(scope="module")
+def pretrained():
+    torch.manual_seed(0)
+    domain = shifts.load("mnist", None, None)
+    settings = Settings(max_epochs=4, check_every=4, device="cpu")
+    train = [tensor[:2000] for tensor in domain["source"]]
+    return fine_tune(models.mnist_net(), "all", train, domain["val"], settings).net
+
+
+def test_the_4_layer_network_learns_the_built_in_digits_and_every_shift_hurts(pretrained):
+    own = flextune.accuracy(pretrained, shifts.load("mnist", None, None)["test"])
+    assert own >= 0.97
+    for target in run_all.SOURCES["mnist"].targets:
+        shifted = flextune.accuracy(pretrained, shifts.load("mnist", target, None)["test"])
+        assert shifted < own - 0.1, target
+
+
+def test_the_4_layer_network_has_4_units():
+    net = models.mnist_net()
+    assert [name for name, _ in net.named_children()] == ["conv1", "conv2", "fc1", "fc2"]
+    assert flextune.candidates(net) == [1, 2, 3, 4]
+    assert net(torch.rand(2, 3, 28, 28)).shape == (2, 10)
+
+
+# ---------------------------------------------------------------- command line
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """Runs the command line in an empty folder, with short trainings and few images."""
+    source = replace(
+        run_all.SOURCES["mnist"],
+        pretraining=Settings(max_epochs=1),
+        tuning=Settings(max_epochs=2, check_every=1),
+    )
+    small = {
+        split: (x[:300], y[:300]) for split, (x, y) in shifts.load("mnist", None, None).items()
+    }
+    monkeypatch.setattr(shifts, "_builtin_digits", lambda: small)
+    monkeypatch.setitem(run_all.SOURCES, "mnist", source)
+    monkeypatch.setattr(shifts, "fetch", no_network)
+    monkeypatch.chdir(tmp_path)
+    return lambda command: run_all.main(f"--device cpu {command}".split())
+
+
+def no_network(url, path, md5=None, report=None):
+    raise shifts.MissingError(f"{path} is missing, and downloading {url} failed (no network)")
+
+
+def fails(capsys, run, status=2):
+    """The one line of a command that ends with `status`."""
+    with pytest.raises(SystemExit) as caught:
+        run()
+    assert caught.value.code == status
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def results():
+    return [json.loads(line) for line in Path("results/results.jsonl").read_text().splitlines()]
+
+
+def test_every_method_from_start_to_finish(quick, capsys):
+    quick("--target mnist-m --ratio 3 --runs 2 --seed 7 --data builtin")
+    out, err = capsys.readouterr()
+    assert (
+        "mnist: 4-layer network, " in out and "mnist -> mnist-m, ratio 3: 30 training images" in out
+    )
+    assert "BUILT-IN DATA" in out and "paper  " not in out
+    table = {line.split()[0].rstrip("*!"): line for line in out.splitlines() if "  " in line}
+    assert table.keys() >= {*run_all.METHODS, "unit", "1", "2", "3", "4", "all"}
+    assert "4 fc2" in table["ft-fc-1"] and "3 fc1, 4 fc2" in table["ft-fc-2"]
+    assert table["source"].count("\u00b1") == 2  # mean and standard deviation
+    assert "[16/16] mnist-m, ratio 3, run 2: " in err and "\r" not in err  # plain on a pipe
+    rows = results()
+    assert [(row["run"], row["method"]) for row in rows] == [
+        (run, method) for run in (1, 2) for method in run_all.METHODS
+    ]
+    assert {row["seed"] for row in rows} == {7, 8}
+    assert {row["data"] for row in rows} == {"built-in"}
+    by = {row["method"]: row for row in rows[:8]}
+    assert by["flex"]["candidates"].keys() == {"1", "2", "3", "4", "all"}
+    assert by["flex"]["val"] == max(one["val"] for one in by["flex"]["candidates"].values())
+    assert by["flex"]["candidates"]["all"]["test"] == by["ft-all"]["test"]
+    assert by["fast-flex"]["proxies"].keys() == {"1", "2", "3", "4"}
+    assert by["source"]["val"] == by["flex"]["history"][0][1]
+
+
+def test_each_network_is_trained_once_and_charged_to_each_method(quick, monkeypatch):
+    quick("--target blurry --ratio 3 --runs 1 --data builtin --methods source")
+    trained = []
+
+    def counted(net, units, *rest):
+        trained.append(units)
+        return fine_tune(net, units, *rest)
+
+    monkeypatch.setattr(flextune, "fine_tune", counted)
+    quick("--target blurry --ratio 3 --runs 1 --data builtin")
+    assert sorted(map(str, trained)) == ["1", "2", "3", "[3, 4]", "[4]", "all", "all", "all"]
+    by = {row["method"]: row for row in results()[1:]}
+    candidates = by["flex"]["candidates"]
+    assert by["flex"]["epochs"] == sum(one["epochs"] for one in candidates.values())
+    assert by["ft-all"]["epochs"] == candidates["all"]["epochs"]
+
+
+def test_the_saved_network_has_the_reported_accuracy(quick, capsys):
+    quick("--target blurry --ratio 3 --runs 1 --data builtin --methods flex --save new/net.pt")
+    net = models.mnist_net()
+    net.load_state_dict(torch.load("new/net.pt", weights_only=True))
+    test = shifts.load("mnist", "blurry", None)["test"]
+    assert flextune.accuracy(net, test) == results()[0]["test"]
+    assert "the network of flex is in new/net.pt" in capsys.readouterr().out
+
+
+def test_the_source_network_is_kept_and_a_broken_one_replaced(quick, capsys, monkeypatch):
+    command = "--target blurry --ratio 3 --runs 1 --data builtin --methods source"
+    kept = Path("results/source-mnist-builtin.pt")
+    quick(command)
+    content = kept.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(flextune, "fine_tune", lambda *_: pytest.fail("trains"))
+        quick(command)
+    kept.write_bytes(content[: len(content) // 2])
+    quick(command)
+    assert "cannot be read: the source network is trained anew" in capsys.readouterr().err
+    first, *others = (row["test"] for row in results())
+    assert others == [first, first]
+
+
+def test_without_data_and_network_the_built_in_digits_are_announced(quick, capsys):
+    quick("--target blurry --ratio 3 --runs 1 --methods source")
+    out = capsys.readouterr().out
+    assert "train-images-idx3-ubyte.gz is missing" in out and "***" in out
+    assert out.count("BUILT-IN DATA") == 2
+    assert "paper" not in out.replace("the paper's", "")
+
+
+def test_with_data_named_what_is_missing_is_an_error(quick, capsys):
+    line = fails(capsys, lambda: quick("--target blurry --ratio 3 --data there"))
+    assert re.search(r"error: there/mnist/train-images.*is missing, and downloading", line)
+
+
+def test_real_data_are_shown_beside_the_paper(quick, capsys, mnist):
+    quick(f"--target blurry --ratio 3 30 --runs 1 --methods source ft-all --data {mnist}")
+    out = capsys.readouterr().out
+    assert "BUILT-IN" not in out and out.count("real data") == 2
+    lines = [line.split() for line in out.splitlines() if line.startswith(("source ", "ft-all"))]
+    assert [line[4:-2] for line in lines] == [["0.748"], ["not", "published"], ["0.748"], ["0.921"]]
+    assert fails(capsys, lambda: quick(f"--target blurry --ratio 31 --data {mnist}")).endswith("30")
+
+
+def test_list_shows_every_scenario_and_its_data(quick, capsys, mnist):
+    quick(f"--list --data {mnist}")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert re.search("mnist +4-layer +blurry +3 30 300 3000 +top-1 +mnist there", lines[1])
+    assert any(line.endswith("mnist there, bsds500 missing") for line in lines)
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("--target sketchy", "unknown target sketchy: choose from blurry, occluded"),
+        ("--target blurry --ratio 0", "argument --ratio: must be at least 1, not 0"),
+        ("--target blurry --ratio many", "argument --ratio: invalid"),
+        ("--target blurry --runs -1", "argument --runs: must be at least 1, not -1"),
+        ("--source imagenet", "argument --source: invalid choice"),
+        ("--methods magic", "argument --methods: invalid choice"),
+        ("--device toaster", "argument --device: toaster: "),
+        ("--target blurry --ratio 4000 --data builtin", "the largest that 300 images"),
+        ("--target blurry --ratio 3 --save x", "--save keeps one network"),
+        ("--target blurry --ratio 30 --save .", "is a folder"),
+        ("--target blurry --ratio 30 --save /dev/null/x", "/dev/null"),
+        ("--target blurry --ratio 30 --out /dev/null/x", "/dev/null"),
+        ("--nonsense", "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_usage_errors_are_one_line(quick, capsys, command, message):
+    assert message in fails(capsys, lambda: quick(command))
+
+
+def test_a_target_of_several_sources_needs_the_source(quick, capsys, monkeypatch):
+    monkeypatch.setitem(run_all.SOURCES, "cifar", run_all.SOURCES["mnist"])
+    message = "target blurry needs --source: mnist or cifar"
+    assert message in fails(capsys, lambda: quick("--target blurry"))
+    quick("--source cifar --target blurry --list")
+
+
+def test_ctrl_c_ends_with_130(quick, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_all, "run", interrupted)
+    command = "--target blurry --ratio 3 --data builtin --methods flex"
+    with pytest.raises(SystemExit) as caught:
+        quick(command)
+    assert caught.value.code == 130
+    assert capsys.readouterr().err.endswith("interrupted; finished runs are in results\n")
+
+
+# ---------------------------------------------------------------- files that are copied away
+
+
+@pytest.mark.parametrize("name", ["flextune.py", "models.py", "shifts.py"])
+def test_each_module_works_alone(tmp_path, name):
+    """From an empty folder, with nothing else of ours to import; flextune.py with torch alone."""
+    shutil.copy(HERE / name, tmp_path)
+    program = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+for other in {{"flextune", "models", "shifts", "run_all"}} - {{{name!r}[:-3]}}:
+    sys.modules[other] = None
+if {name!r} == "flextune.py":
+    sys.modules["numpy"] = None
+module = __import__({name!r}[:-3])
+assert module.__file__.startswith({str(tmp_path)!r})
+if {name!r} == "flextune.py":
+    import torch
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    data = torch.rand(9, 3, 2, 2), torch.arange(9) % 3
+    for select in (module.flex, module.fast_flex, module.faster_flex):
+        print(select(net, data, data, module.Settings(max_epochs=5)).chosen)
+"""
+    python = [sys.executable, "-I", "-c", program]
+    out = subprocess.run(python, cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert out.split() == (["2", "2", "2"] if name == "flextune.py" else [])
