@@ -310,7 +310,8 @@ def print_scenario(rows: list[dict]) -> None:
 def print_methods(rows: list[dict], names: list[str]) -> None:
     """A line for each method, with the paper's figure where the data are real."""
     table = [["method", "tuned", "validation", "test", "paper", "epochs", "seconds"]]
-    for method, mine in by_method(rows).items():
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method]
         first = mine[0]
         worse = any(row["val"] < row["history"][0][1] for row in mine)
         published = paper(first["source"], first["target"], first["ratio"], method)
@@ -336,57 +337,40 @@ def print_methods(rows: list[dict], names: list[str]) -> None:
 
 def print_units(rows: list[dict], names: list[str]) -> None:
     """A line for each candidate: its accuracies, and which algorithms chose it (how often)."""
-    selections = [row for row in rows if "candidates" in row]
+    columns = ("validation", "test", "proxy (fast-flex)", "proxy (faster-flex)")
     runs = len({row["run"] for row in rows})
-    table = [
-        ["unit", "validation", "test", "proxy (fast-flex)", "proxy (faster-flex)", "chosen by"]
-    ]
-    for number, name in enumerate([*names, ""], 1):
-        unit = str(number) if name else "all"
-        networks, proxies = {}, {"fast-flex": {}, "faster-flex": {}}
-        choices = Counter(row["method"] for row in selections if row["chosen"] == unit)
-        for row in selections:
+    table = [["unit", *columns, "chosen by"]]
+    for unit, name in [*((str(n), name) for n, name in enumerate(names, 1)), ("all", "")]:
+        found = {column: {} for column in columns}  # column: run: accuracy
+        chosen_by = Counter()
+        for row in rows:
             method, run = row["method"], row["run"]
-            if unit in row["proxies"]:
-                proxies[method][run] = row["proxies"][unit]
+            if unit in row.get("proxies", ()):
+                found[f"proxy ({method})"][run] = row["proxies"][unit]
             # Algorithm 3 tunes all units for a single epoch: that is not ft-all.
-            if unit in row["candidates"] and (unit, method) != ("all", "faster-flex"):
-                networks[run] = row["candidates"][unit]
-        table.append(
-            [
-                f"{unit} {name}",
-                *(bar([network[key] for network in networks.values()]) for key in ("val", "test")),
-                *(bar(list(accuracies.values())) for accuracies in proxies.values()),
-                ", ".join(m + f" ({n} of {runs})" * (runs > 1) for m, n in choices.items()),
-            ]
-        )
+            if unit in row.get("candidates", ()) and (unit, method) != ("all", "faster-flex"):
+                found["validation"][run] = row["candidates"][unit]["val"]
+                found["test"][run] = row["candidates"][unit]["test"]
+            chosen_by[method] += row.get("chosen") == unit
+        how_often = (f"{m}" + f" ({n} of {runs})" * (runs > 1) for m, n in chosen_by.items() if n)
+        bars = (bar(list(by_run.values())) for by_run in found.values())
+        table.append([f"{unit} {name}", *bars, ", ".join(how_often)])
     print()
     print_columns(table, left=len(table[0]))
 
 
-def by_method(rows: list[dict]) -> dict[str, list[dict]]:
-    """The rows of each method, in the order of the first ones."""
-    return {
-        method: [row for row in rows if row["method"] == method]
-        for method in dict.fromkeys(row["method"] for row in rows)
-    }
-
-
 def tuned(rows: list[dict], names: list[str]) -> str:
-    """Which units a method tuned: numbers and names, each with how often if that varies."""
-    labels = Counter()
-    for row in rows:
-        units = [f"{number} {names[number - 1]}" for number in row["units"]]
-        whole = len(units) == len(names)
-        label = (
-            f"{units[-1]}, scales"
-            if row["method"] == "ft-ss"
-            else "all"
-            if whole
-            else ", ".join(units)
-        )
-        labels[label or "-"] += 1
-    return "; ".join(label + f" ({n})" * (len(labels) > 1) for label, n in labels.most_common())
+    """What a method tuned, by number and name; where its runs differ, each with how often."""
+
+    def label(row):
+        if row["method"] == "ft-ss":
+            return f"{len(names)} {names[-1]}, scales"
+        if len(row["units"]) == len(names):
+            return "all"
+        return ", ".join(f"{unit} {names[unit - 1]}" for unit in row["units"]) or "-"
+
+    labels = Counter(map(label, rows)).most_common()
+    return "; ".join(text + f" ({n})" * (len(labels) > 1) for text, n in labels)
 
 
 def mean(values: list[float]) -> str:

@@ -10,11 +10,13 @@ import http.server
 import io
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import tarfile
 import threading
+import types
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -1052,3 +1054,69 @@ if {name!r} == "flextune.py":
     python = [sys.executable, "-I", "-c", program]
     out = subprocess.run(python, cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True).stdout
     assert out.split() == (["2", "2", "2"] if name == "flextune.py" else [])
+
+
+# ---------------------------------------------------------------- README
+
+
+class Block(nn.Module):
+    """A residual block as torchvision has it, in-place ReLUs included."""
+
+    def __init__(self, width, out, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, out, 3, stride, 1, bias=False)
+        self.bn1, self.relu = nn.BatchNorm2d(out), nn.ReLU(inplace=True)
+        self.conv2, self.bn2 = nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
+        shortcut = nn.Conv2d(width, out, 1, stride, bias=False), nn.BatchNorm2d(out)
+        self.downsample = nn.Sequential(*shortcut) if stride > 1 else nn.Identity()
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        y += self.downsample(x)
+        return self.relu(y)
+
+
+class ResNet(nn.Module):
+    """The parts of torchvision's ResNet-18, narrow, without its forward."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 7, 2, 3, bias=False), nn.BatchNorm2d(4)
+        self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+        for number, (width, out) in enumerate(((4, 4), (4, 8), (8, 8), (8, 8)), 1):
+            blocks = Block(width, out, 1 if number == 1 else 2), Block(out, out, 1)
+            setattr(self, f"layer{number}", nn.Sequential(*blocks))
+        self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(8, 10)
+
+
+class Normalize(nn.Module):
+    """torchvision's, for what the example does with it."""
+
+    def __init__(self, mean, deviation):
+        super().__init__()
+        self.mean, self.deviation = (torch.tensor(a)[:, None, None] for a in (mean, deviation))
+
+    def forward(self, x):
+        return (x - self.mean) / self.deviation
+
+
+def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    torchvision = types.SimpleNamespace(
+        models=types.SimpleNamespace(resnet18=ResNet),
+        transforms=types.SimpleNamespace(Normalize=Normalize),
+    )
+    monkeypatch.setitem(sys.modules, "torchvision", torchvision)
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    Path("example.py").write_text(example)
+    space = runpy.run_path("example.py")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 11 and lines[0].startswith("unit ")
+    best = space["selection"].result
+    space["net"].load_state_dict(torch.load("tuned.pt", weights_only=True))
+    assert flextune.accuracy(space["net"], space["val"]) == best.accuracy
+
+
+def test_continuous_integration_runs_the_second_command_of_the_readme():
+    commands = re.findall(r"^    (pip install .*)", (HERE / "README.md").read_text(), re.MULTILINE)
+    assert commands[1] == (HERE / ".ci/run").read_text().splitlines()[-1]
