@@ -12,6 +12,7 @@ uint8 or float, y [N] int64. uint8 images enter the network as float32 in [0, 1]
 No function here changes the network it is given, or uses the global random state.
 """
 
+import contextlib
 import copy
 import math
 import time
@@ -33,9 +34,7 @@ CHUNK = 256  # images per forward pass where no gradient is needed
 class Settings:
     """The training protocol (section 5.1), the same for every network of a selection."""
 
-    lr: float = (
-        1e-3  # Adam's learning rate; the paper: 1e-3 for small networks, 1e-4 for Inception2
-    )
+    lr: float = 1e-3  # of Adam; the paper: 1e-3 for the small networks, 1e-4 for Inception2
     batch_size: int = 64  # images per step; the last batch of an epoch may be smaller
     check_every: int = 5  # epochs from one validation to the next; the paper: 5 to 10
     patience: int = 5  # validations in a row without a better accuracy that end the training
@@ -72,11 +71,9 @@ class Selection:
     """What a selection algorithm chose, and all that it looked at."""
 
     chosen: int | str  # N_flex: a unit, or "all"
-    best: int | str  # the arg max over the candidates; in fast-flex, the unit before line 10
+    best: int | str  # the arg max: line 7, 7 and 6; in fast-flex before line 10 looks at ft-all
     tuned: dict[int | str, Result]  # every network fine-tuned on the way
-    proxies: dict[int, float] = field(
-        default_factory=dict
-    )  # unit: validation accuracy of its proxy
+    proxies: dict[int, float] = field(default_factory=dict)  # each unit's, on the validation set
 
     @property
     def result(self) -> Result:
@@ -100,20 +97,22 @@ class Selection:
 def candidates(net: nn.Sequential) -> list[int]:
     """Numbers of the units that have parameters, in order.
 
-    Raises ValueError if `net` is not a plain `nn.Sequential` of independent units.
+    Raises ValueError if `net` is not a plain `nn.Sequential` of independent units, or has none.
     """
     if not isinstance(net, nn.Sequential) or type(net).forward is not nn.Sequential.forward:
         raise ValueError(f"the network must be a plain nn.Sequential of units, not {type(net)}")
     counts = [len(list(unit.parameters())) for unit in net]
     if sum(counts) != len(list(net.parameters())):
         raise ValueError("two units share parameters: one cannot be tuned without the other")
+    if not any(counts):
+        raise ValueError("no unit of the network has parameters")
     return [number for number, count in enumerate(counts, 1) if count]
 
 
 def surgery(net: nn.Sequential, tuned: nn.Sequential, unit: int) -> nn.Sequential:
-    """A copy of `net` with the parameters and buffers of `unit` taken from `tuned`."""
+    """A copy of `net` with `unit` (from 1), its parameters and buffers, taken from `tuned`."""
     proxy = copy.deepcopy(net)
-    proxy[unit - 1].load_state_dict(tuned[unit - 1].state_dict())
+    proxy[unit - 1] = copy.deepcopy(tuned[unit - 1])
     return proxy
 
 
@@ -125,17 +124,21 @@ def accuracy(net: nn.Sequential, data: Data, settings: Settings = Settings()) ->
     candidates(net)
     device = _device(settings)
     net = copy.deepcopy(net).to(device).eval()
-    _check(net, "data", data, settings, device)
-    return _accuracy(lambda x: net(_load(x, device)), *data, settings.top_k)
+    _check(net, "data", data, settings)
+    layout = _layout(net, data[0])
+    return _accuracy(lambda x: net(_load(x, net, layout)), *data, settings.top_k)
 
 
 @torch.no_grad()
 def _accuracy(forward, x: torch.Tensor, y: torch.Tensor, top_k: int) -> float:
+    """Of equal logits the first counts as larger; NaN are never right."""
     hits = 0
     for images, classes in zip(x.split(CHUNK), y.split(CHUNK)):
         logits = forward(images)  # (B, classes)
-        hit = logits.topk(top_k).indices == classes.to(logits.device)[:, None]  # (B, top_k)
-        hits += (hit.any(1) & ~logits.isnan().any(1)).sum()  # topk ranks NaN first
+        own = classes.to(logits.device)[:, None]  # (B, 1)
+        a, index = logits.gather(1, own), torch.arange(logits.shape[1], device=logits.device)
+        ahead = (logits > a) | ((logits == a) & (index < own))  # (B, classes)
+        hits += ((ahead.sum(1) < top_k) & ~logits.isnan().any(1)).sum()
     return hits.item() / len(y)
 
 
@@ -143,21 +146,36 @@ def _device(settings: Settings) -> torch.device:
     return torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _load(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A batch as the network takes it: on its device, floating-point, channels-last.
+def _load(x: torch.Tensor, net: nn.Sequential, layout=torch.contiguous_format) -> torch.Tensor:
+    """A batch as `net` takes it: on its device, in its precision, in the memory layout.
 
     It is a copy: a network that begins with an in-place layer must not change the data.
     """
-    x = x.to(device, copy=True)
+    weight = next(net.parameters())
+    batch = x.to(weight.device, copy=True).to(weight.dtype)
     if x.dtype == torch.uint8:
-        x = x.float().div_(255)
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+        batch.div_(255)
+    return batch.contiguous(memory_format=layout if x.dim() == 4 else torch.contiguous_format)
 
 
-def _check(net: nn.Sequential, name: str, data: Data, settings: Settings, device) -> None:
+@torch.no_grad()
+def _layout(net: nn.Sequential, x: torch.Tensor) -> torch.memory_format:
+    """Brings `net` to the faster layout, channels-last, if it works in that: `view` may not."""
+    try:
+        net.to(memory_format=torch.channels_last)(_load(x[:1], net, torch.channels_last))
+        return torch.channels_last
+    except RuntimeError:
+        net.to(memory_format=torch.contiguous_format)
+        return torch.contiguous_format
+
+
+@torch.no_grad()
+def _check(net: nn.Sequential, name: str, data: Data, settings: Settings) -> None:
     """Raises ValueError, in one line, for data that `net` cannot be trained or tested on."""
+    if not (isinstance(data, tuple | list) and len(data) == 2):
+        raise ValueError(f"{name}: must be a pair (images, labels), not {type(data)}")
     x, y = data
-    if not all(isinstance(tensor, torch.Tensor) for tensor in data):
+    if not all(isinstance(tensor, torch.Tensor) and tensor.dim() for tensor in data):
         raise ValueError(f"{name}: images and labels must be tensors, not {type(x)}, {type(y)}")
     if len(x) == 0:
         raise ValueError(f"{name}: there are no images")
@@ -168,13 +186,12 @@ def _check(net: nn.Sequential, name: str, data: Data, settings: Settings, device
     if x.dtype != torch.uint8 and not (x.is_floating_point() and x.isfinite().all()):
         raise ValueError(f"{name}: images must be uint8, or float without NaN and infinity")
     try:
-        with torch.no_grad():
-            logits = net(_load(x[:1], device))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        logits = net(_load(x[:1], net))
+    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
         raise ValueError(f"{name}: images {list(x.shape[1:])} do not fit: {reason}") from error
-    if logits.dim() != 2:
-        raise ValueError(f"the network must give logits [N, classes], not {list(logits.shape)}")
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
+        raise ValueError("the network must give logits [N, classes]")
     classes = logits.shape[1]
     if y.min() < 0 or y.max() >= classes:
         raise ValueError(f"{name}: labels {y.min()}...{y.max()}, but {classes} classes in the net")
@@ -198,8 +215,9 @@ def fine_tune(
 
     `units` is a number from 1 to L, several of them, or "all". The state with the best validation
     is returned, the source network not being one of them; with a number of `epochs`, the last
-    state. Everything else is frozen: parameters and buffers stay as they are, dropout is off.
-    BatchNorm keeps its statistics inside the tuned units as well. Protocol of section 5.1.
+    state. In the units every parameter is trained, whatever its `requires_grad`, and BatchNorm
+    keeps its statistics. All else is frozen: parameters and buffers stay as they are, dropout is
+    off. Protocol of section 5.1.
     `report(epoch, accuracy)` is called after each validation.
 
     Raises ValueError for a network, units or data that cannot be worked with.
@@ -210,25 +228,30 @@ def fine_tune(
     numbers = _numbers(net, units)
     device = _device(settings)
     tuned = copy.deepcopy(net).to(device).eval().requires_grad_(False)
-    _check(tuned, "train", train, settings, device)
-    _check(tuned, "val", val, settings, device)
+    for place, unit in enumerate(tuned):
+        tuned[place] = copy.deepcopy(unit)  # two units may share a dropout layer
+    _check(tuned, "train", train, settings)
+    _check(tuned, "val", val, settings)
+    layout = _layout(tuned, train[0])
 
     trained = nn.ModuleList(tuned[number - 1] for number in numbers).requires_grad_(True)
-    tuned.to(memory_format=torch.channels_last)
     first = numbers[0] - 1
     frozen, rest = (nn.Sequential(*part) for part in (list(tuned)[:first], list(tuned)[first:]))
-    frozen, x_train, x_val = _run_once(frozen, train[0], val[0], device, settings.cache_bytes)
+
+    def load(x):
+        return _load(x, tuned, layout)
+
+    frozen, x_train, x_val = _run_once(frozen, load, train[0], val[0], settings.cache_bytes)
     y_train, y_val = train[1].to(x_train.device), val[1].to(x_val.device)
 
     def forward(x):
-        return rest(frozen(_load(x, device)))
+        return rest(frozen(load(x)))
 
     def validate():
         trained.eval()
         return _accuracy(forward, x_val, y_val, settings.top_k)
 
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(settings.seed)  # of dropout
+    with _reproducible(device, settings.seed), torch.enable_grad():
         order = torch.Generator().manual_seed(settings.seed)
         optimizer = torch.optim.Adam(trained.parameters(), lr=settings.lr, fused=True)
         history = [(0, validate())]
@@ -262,8 +285,9 @@ def fine_tune(
     trained.load_state_dict(state)
     for mine, theirs in zip(tuned.parameters(), net.parameters()):
         mine.requires_grad_(theirs.requires_grad)
+    tuned.to(next(net.parameters()).device, memory_format=torch.contiguous_format)
     return Result(
-        net=tuned.to(next(net.parameters()).device).eval(),
+        net=tuned.eval(),
         units=numbers,
         accuracy=best[1],
         epochs=epoch,
@@ -276,32 +300,55 @@ def fine_tune(
 
 def _numbers(net: nn.Sequential, units: Units) -> tuple[int, ...]:
     """`units` as sorted numbers. Raises ValueError if there is nothing to tune in them."""
-    tunable = candidates(net)
-    if units == "all":
-        units = range(1, len(net) + 1)
-    numbers = tuple(sorted({units} if isinstance(units, int) else set(units)))
-    if not set(numbers) <= set(range(1, len(net) + 1)):
-        raise ValueError(f"units are numbered 1 to {len(net)}: there is no {list(numbers)}")
+    tunable, numbers = candidates(net), range(1, len(net) + 1)
+    if units != "all":
+        chosen = list(units) if isinstance(units, Iterable) else [units]
+        if any(unit not in numbers for unit in chosen):
+            raise ValueError(f"units are numbered 1 to {len(net)}: there is no {units}")
+        numbers = sorted({int(unit) for unit in chosen})
     if not set(numbers) & set(tunable):
         raise ValueError(f"units {list(numbers)} have no parameters; those that do: {tunable}")
-    return numbers
+    return tuple(numbers)
 
 
-def _run_once(frozen: nn.Sequential, x_train, x_val, device, cache_bytes: int):
-    """The images after `frozen`, and what remains to be run: nothing, if they fit `cache_bytes`.
+@contextlib.contextmanager
+def _reproducible(device: torch.device, seed: int):
+    """Dropout from `seed`, the random state outside untouched; on CUDA, no kernel that varies."""
+    gpus = [device] if device.type == "cuda" else []
+    exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    with torch.random.fork_rng(devices=gpus), exact:
+        torch.default_generator.manual_seed(seed)
+        for gpu in gpus:
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(seed)
+        yield
 
-    The same output is needed in every epoch. Beyond the budget, images and `frozen` come back.
+
+@torch.no_grad()
+def _run_once(frozen: nn.Sequential, load, x_train, x_val, cache_bytes: int):
+    """What remains of `frozen` to be run for every batch, and the tensors to run it on.
+
+    Its output is the same in every epoch: it is kept on the device, and nothing remains, if it fits
+    `cache_bytes`. Where `frozen` is empty, that is the images themselves; uint8 stays uint8.
     """
-    with torch.no_grad():
-        one = frozen(_load(x_train[:1], device)) if len(frozen) else x_train[:1]
-        if one.nbytes * (len(x_train) + len(x_val)) > cache_bytes:
-            return frozen, x_train, x_val
-        if len(frozen):
-            x_train, x_val = (
-                torch.cat([frozen(_load(chunk, device)) for chunk in x.split(CHUNK)])
-                for x in (x_train, x_val)
-            )
-    return nn.Sequential(), x_train.to(device), x_val.to(device)
+    batch = load(x_train[:1])
+    one = frozen(batch) if len(frozen) else x_train[:1]
+    whole = isinstance(one, torch.Tensor)  # units may hand on more than a tensor
+    if not whole or one.nbytes * (len(x_train) + len(x_val)) > cache_bytes:
+        return frozen, x_train, x_val
+    if not len(frozen):
+        return frozen, x_train.to(batch.device), x_val.to(batch.device)
+
+    def output(x):
+        last = one.dim() == 4 and one.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if last else torch.contiguous_format
+        shape = len(x), *one.shape[1:]
+        out = torch.empty(shape, dtype=one.dtype, device=one.device, memory_format=layout)
+        for start in range(0, len(x), CHUNK):
+            out[start : start + CHUNK] = frozen(load(x[start : start + CHUNK]))
+        return out
+
+    return nn.Sequential(), output(x_train), output(x_val)
 
 
 def _train_mode(units: nn.Module) -> None:
@@ -375,11 +422,19 @@ def faster_flex(net, train: Data, val: Data, settings=Settings(), tune=fine_tune
 
 
 def source(net, train: Data, val: Data, settings=Settings(), tune=fine_tune) -> Result:
-    """The source network as it is."""
+    """The source network as it is; `train` and `tune` are there to be called like the others."""
     start = time.perf_counter()
     a = accuracy(net, val, settings)
-    seconds = time.perf_counter() - start
-    return Result(copy.deepcopy(net).eval(), (), a, 0, seconds, [(0, a)], 0, False)
+    return Result(
+        net=copy.deepcopy(net).eval(),
+        units=(),
+        accuracy=a,
+        epochs=0,
+        seconds=time.perf_counter() - start,
+        history=[(0, a)],
+        trained=0,
+        diverged=False,
+    )
 
 
 def ft_all(net, train: Data, val: Data, settings=Settings(), tune=fine_tune) -> Result:
@@ -388,7 +443,9 @@ def ft_all(net, train: Data, val: Data, settings=Settings(), tune=fine_tune) -> 
 
 
 def ft_fc(net, train: Data, val: Data, settings=Settings(), n: int = 1, tune=fine_tune) -> Result:
-    """Fine-tune the last `n` units (of those that have parameters)."""
+    """Fine-tune the last `n` units (of those that have parameters). Raises ValueError if n < 1."""
+    if n < 1:
+        raise ValueError(f"n must be at least 1, not {n}")
     return tune(net, candidates(net)[-n:], train, val, settings)
 
 
@@ -399,14 +456,19 @@ def ft_ss(net, train: Data, val: Data, settings=Settings(), tune=fine_tune) -> R
     a scale for each kernel (output, input), a linear layer for each output, starting at 1; both
     have a shift of each output, starting at 0. Everything else, BatchNorm too, stays as it is.
     The returned network has the scales and shifts multiplied and added into weights and biases,
-    so a layer that had no bias now has one.
+    so a layer that had no bias now has one. Raises ValueError as `fine_tune` does, and for weights
+    that are parametrized or stand in two layers.
     """
     last = candidates(net)[-1]
     scaled = copy.deepcopy(net)
-    layers = []
+    layers, tuned_whole, seen = [], set(scaled[last - 1].modules()), set()
     for name, layer in list(scaled.named_modules()):
-        if layer in set(scaled[last - 1].modules()):
+        if layer in tuned_whole:
             continue
+        own = set(layer.parameters(recurse=False))
+        if own & seen or parametrize.is_parametrized(layer):
+            raise ValueError(f"ft-ss: the weights of layer {name} are shared or parametrized")
+        seen |= own
         for key, weight in list(layer.named_parameters(recurse=False)):
             delattr(layer, key)
             layer.register_buffer(key, weight.detach())  # a buffer is not trained

@@ -15,7 +15,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import shutil
 import statistics
 import sys
@@ -26,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import nn
@@ -136,7 +136,8 @@ class Progress:
 
     def download(self, text: str, done: int, total: int) -> None:
         """A `shifts.Report`."""
-        self.show(f"{text}, {done >> 20} of {total >> 20} MiB", done / max(total, done))
+        of = f" of {total >> 20}" if total else ""
+        self.show(f"{text}, {done >> 20}{of} MiB", done / max(total, done))
 
 
 def clear_line() -> None:
@@ -249,42 +250,62 @@ def source_network(name: str, root: Path | None, out: Path, device: str | None) 
     """The source network, trained once on the source's own images and then kept in `out`."""
     source, domain = SOURCES[name], shifts.load(name, None, root)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         net = source.build()
     made_of = hashlib.md5(f"{net} {source.pretraining}".encode())
-    for split in ("source", "val"):
-        made_of.update(domain[split][0].numpy())
+    for tensor in (*domain["source"], *domain["val"]):
+        made_of.update(tensor.numpy())
     path = out / f"source-{name}-{'real' if root else 'builtin'}.pt"
-    try:
-        kept = torch.load(path, weights_only=True)
-        if kept["made_of"] == made_of.hexdigest():
-            net.load_state_dict(kept["net"])
-            return net
-    except FileNotFoundError:
-        pass
-    except (OSError, RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError):
-        print(f"{path} cannot be read: the source network is trained anew", file=sys.stderr)
-    progress = Progress(1)
+    state = kept_network(path, made_of.hexdigest())
+    if state is None:
+        progress = Progress(1)
 
-    def report(epoch, accuracy):
-        text = f"pretraining on {name}: epoch {epoch}, validation {accuracy:.3f}"
-        progress.show(text, epoch / settings.max_epochs)
+        def report(epoch, accuracy):
+            text = f"pretraining on {name}: epoch {epoch}, validation {accuracy:.3f}"
+            progress.show(text, epoch / settings.max_epochs)
 
-    settings = replace(source.pretraining, device=device)
-    net = flextune.fine_tune(
-        net, "all", domain["source"], domain["val"], settings, None, report
-    ).net
-    clear_line()
-    save({"made_of": made_of.hexdigest(), "net": net.state_dict()}, path)
+        settings = replace(source.pretraining, device=device)
+        data = domain["source"], domain["val"]
+        state = flextune.fine_tune(net, "all", *data, settings, None, report).net.state_dict()
+        clear_line()
+        save({"made_of": made_of.hexdigest(), "net": state}, path)
+    net.load_state_dict(state)
+    own = flextune.accuracy(net, domain["test"], replace(source.pretraining, device=device))
+    where = f"data in {root}" if root else "built-in data"
+    print(f"{name}: {source.network} network, {own:.3f} on its own test images, {where}")
     return net
 
 
+def kept_network(path: Path, made_of: str) -> dict | None:
+    """The state in `path`, if it is of a network that was made of the same."""
+    try:
+        kept = torch.load(path, weights_only=True)
+        return kept["net"] if kept["made_of"] == made_of else None
+    except FileNotFoundError:
+        return None
+    except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, UnpicklingError):
+        print(f"{path} cannot be read: the source network is trained anew", file=sys.stderr)
+        return None
+
+
+def append(rows: list[dict], path: Path) -> None:
+    """Add result rows to a file, all or none of them. Raises OSError."""
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    with open(path, "ab", buffering=0) as file:
+        before = file.tell()
+        if file.write(text) < len(text):
+            file.truncate(before)
+            raise OSError(f"{path}: no space left for the results")
+
+
 def save(content, path: Path) -> None:
-    """Write a file that `torch.load(path, weights_only=True)` reads, whole or not at all."""
+    """Write a file for `torch.load(path, weights_only=True)`, whole or not. Raises OSError."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         torch.save(content, part)
         part.replace(path)
+    except RuntimeError as error:  # a full disk
+        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -353,7 +374,7 @@ def print_units(rows: list[dict], names: list[str]) -> None:
                 found["test"][run] = row["candidates"][unit]["test"]
             chosen_by[method] += row.get("chosen") == unit
         how_often = (f"{m}" + f" ({n} of {runs})" * (runs > 1) for m, n in chosen_by.items() if n)
-        bars = (bar(list(by_run.values())) for by_run in found.values())
+        bars = (bar(list(by_run.values()), runs) for by_run in found.values())
         table.append([f"{unit} {name}", *bars, ", ".join(how_often)])
     print()
     print_columns(table, left=len(table[0]))
@@ -379,12 +400,12 @@ def mean(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f}{spread}"
 
 
-def bar(values: list[float], width: int = 12) -> str:
-    """The mean accuracy as a number and a bar."""
+def bar(values: list[float], runs: int) -> str:
+    """The mean accuracy as a number and a bar, and of how many runs if not of all."""
     if not values:
         return "-"
     a = statistics.mean(values)
-    return f"{a:.3f} {'#' * round(a * width):.<{width}}"
+    return f"{a:.3f} {'#' * round(a * 12):.<12}" + f" ({len(values)})" * (len(values) < runs)
 
 
 def print_columns(table: list[list[str]], left: int) -> None:
@@ -399,6 +420,10 @@ def print_columns(table: list[list[str]], left: int) -> None:
 
 
 # ---------------------------------------------------------------- command line
+
+
+class UsageError(Exception):
+    """Options that do not go together; the message says in a line what to do."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -417,6 +442,8 @@ def positive(text: str) -> int:
 
 def device(text: str) -> str:
     try:
+        if torch.device(text).type not in ("cpu", "cuda"):
+            raise RuntimeError("neither cpu nor cuda")
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{text}: {str(error).splitlines()[0]}") from error
@@ -468,7 +495,7 @@ def parser() -> Parser:
 
 
 def scenarios(args) -> list[tuple[str, str]]:
-    """The (source, target) pairs asked for. Raises ValueError for an unknown or unclear target."""
+    """The (source, target) pairs asked for. Raises UsageError for an unknown or unclear target."""
     pairs = [
         (source, target)
         for source in ([args.source] if args.source else SOURCES)
@@ -478,16 +505,19 @@ def scenarios(args) -> list[tuple[str, str]]:
         sources = [source for source, target in pairs if target == name]
         if not sources:
             known = ", ".join(target for _, target in pairs)
-            raise ValueError(f"unknown target {name}: choose from {known}")
+            raise UsageError(f"unknown target {name}: choose from {known}")
         if len(sources) > 1:
-            raise ValueError(f"target {name} needs --source: {' or '.join(sources)}")
+            raise UsageError(f"target {name} needs --source: {' or '.join(sources)}")
     return [pair for pair in pairs if not args.target or pair[1] in args.target]
 
 
-def print_scenarios(pairs: list[tuple[str, str]], root: Path) -> None:
-    table = [["source", "network", "target", "ratios", "accuracy", f"data in {root}"]]
+def print_scenarios(pairs: list[tuple[str, str]], data: str | None) -> None:
+    table = [["source", "network", "target", "ratios", "accuracy", f"data in {data or 'data'}"]]
     for name, target in pairs:
-        source, there = SOURCES[name], shifts.present(name, target, root)
+        source = SOURCES[name]
+        there = {"built-in images": True}
+        if data != "builtin":
+            there = shifts.present(name, target, Path(data or "data"))
         table.append(
             [
                 name,
@@ -495,27 +525,28 @@ def print_scenarios(pairs: list[tuple[str, str]], root: Path) -> None:
                 target,
                 " ".join(map(str, source.ratios)),
                 f"top-{source.tuning.top_k}",
-                ", ".join(f"{data} {'there' if is_ else 'missing'}" for data, is_ in there.items()),
+                ", ".join(f"{what} {'there' if is_ else 'missing'}" for what, is_ in there.items()),
             ]
         )
     print_columns(table, left=len(table[0]))
 
 
-def load(source: str, target: str, data: str | None) -> tuple[Path | None, dict]:
-    """The folder of the data (None: built-in) and the target domain; see `--data`."""
+def locate(source: str, target: str, data: str | None) -> Path | None:
+    """The folder that has the data of a scenario, or None for the built-in data; see `--data`."""
     if data == "builtin":
-        return None, shifts.load(source, target, None)
-    progress, root = Progress(1), Path(data or "data")
+        return None
+    root = Path(data or "data")
     try:
-        return root, shifts.load(source, target, root, progress.download)
+        shifts.provide(source, target, root, Progress(1).download)
+        return root
     except shifts.MissingError as error:
         if data:
             raise
         missing = error
     finally:
         clear_line()
-    print(f"{'*' * 99}\n{missing}.\n{BUILT_IN}\n{'*' * 99}")
-    return None, shifts.load(source, target, None)
+    print(f"{'*' * 99}\n{source} -> {target}: {missing}.\n{BUILT_IN}\n{'*' * 99}")
+    return None
 
 
 def run_scenarios(args, pairs: list[tuple[str, str]]) -> None:
@@ -527,23 +558,24 @@ def run_scenarios(args, pairs: list[tuple[str, str]]) -> None:
     ]
     methods = [method for method in METHODS if method in args.methods]
     if args.save and args.save.is_dir():
-        raise ValueError(f"--save takes the name of a file, and {args.save} is a folder")
+        raise UsageError(f"--save takes the name of a file, and {args.save} is a folder")
     if args.save and sum(runs for *_, runs in plan) > 1:
-        raise ValueError("--save keeps one network: give one --target, one --ratio and --runs 1")
+        raise UsageError("--save keeps one network: give one --target, one --ratio and --runs 1")
+    # What is missing or cannot be written is better found now than after the training.
+    results = args.out / "results.jsonl"
     for folder in (args.out, args.save.parent if args.save else args.out):
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # better now than after the training
+        tempfile.TemporaryFile(dir=folder).close()
+    append([], results)
+    roots, networks = {pair: locate(*pair, args.data) for pair in pairs}, {}
     progress = Progress(sum(runs * trainings(methods, source) for source, *_, runs in plan))
     for (source, target), steps in itertools.groupby(plan, key=lambda step: step[:2]):
-        paused = time.perf_counter()
-        root, domain = load(source, target, args.data)
+        paused, root = time.perf_counter(), roots[source, target]
         tuning = replace(SOURCES[source].tuning, device=args.device)
-        net = source_network(source, root, args.out, args.device)
-        own = flextune.accuracy(net, shifts.load(source, None, root)["test"], tuning)
-        where = f"data in {root}" if root else "built-in data"
-        print(
-            f"{source}: {SOURCES[source].network} network, {own:.3f} on its own test images, {where}"
-        )
+        domain = shifts.load(source, target, root)
+        if (source, root) not in networks:
+            networks[source, root] = source_network(source, root, args.out, args.device)
+        net = networks[source, root]
         progress.start += time.perf_counter() - paused
         for _, _, ratio, runs in steps:
             rows = []
@@ -559,8 +591,7 @@ def run_scenarios(args, pairs: list[tuple[str, str]]) -> None:
                     "data": "real" if root else "built-in",
                 }
                 new, nets = run(scenario, methods, net, domain, settings, progress)
-                with open(args.out / "results.jsonl", "ab", buffering=0) as file:
-                    file.write("".join(json.dumps(row) + "\n" for row in new).encode())
+                append(new, results)
                 rows += new
                 progress.done = ends_at
             clear_line()
@@ -577,10 +608,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         pairs = scenarios(args)
         if args.list:
-            print_scenarios(pairs, Path(args.data or "data"))
+            print_scenarios(pairs, args.data)
         else:
             run_scenarios(args, pairs)
-    except (shifts.DataError, ValueError, OSError) as error:
+    except (UsageError, shifts.DataError, OSError) as error:
         clear_line()
         parse.exit(2, f"{parse.prog}: error: {error}\n")
     except KeyboardInterrupt:

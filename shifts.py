@@ -6,6 +6,7 @@ its targets have "pool" (what target training sets are drawn from), "val" and "t
 in two of them. The splits and what a shift draws depend on DATA_SEED alone, never on a run.
 """
 
+import contextlib
 import gzip
 import hashlib
 import http.client
@@ -44,34 +45,50 @@ def silent(text: str, done: int, total: int) -> None:
 # ---------------------------------------------------------------- domains
 
 
-def load(source: str, target: str | None, root: Path | None, report: Report = silent) -> dict:
-    """The domain of a source, or of one of its targets if `target` is given.
+def provide(source: str, target: str, root: Path, report: Report = silent) -> None:
+    """Download to `root` what a scenario needs and is not there.
 
-    `root` is the folder of the real data, what is missing there being downloaded to it; None
-    means the built-in images. Raises MissingError and DataError.
+    Raises MissingError where that fails, and DataError if the photos could not be read anyway.
     """
-    if target == "mnist-m" and root:
-        _pillow()  # missing, it is missed before anything is downloaded
-    digits = _mnist(root, report) if root else _builtin_digits()
-    if target is None:
-        return digits
-    if target == "mnist-m":
-        shift = partial(photo_background, photos=_photos(root, report))
-    else:
-        shift = SHIFTS[source, target]
-    domain = {}
-    for split in ("pool", "val", "test"):
-        x, y = digits[split]
-        domain[split] = shift(x, draw=_generator(f"{source} {target} {split}")), y
-    return domain
+    there = present(source, target, root)
+    if "bsds500" in there:
+        _pillow()  # before anything is downloaded
+    for name, md5 in MNIST.items():
+        if not _idx_path(root, name):
+            fetch(f"{MNIST_URL}{name}.gz", root / "mnist" / f"{name}.gz", md5, report)
+    if not there.get("bsds500", True):
+        archive = fetch(BSDS500_URL, root / "BSR_bsds500.tgz", report=report)
+        try:
+            _unpack_photos(archive, root / "bsds500")
+        finally:
+            archive.unlink()
 
 
 def present(source: str, target: str, root: Path) -> dict[str, bool]:
     """For each data set that a scenario needs: is it in `root`?"""
     there = {"mnist": all(_idx_path(root, name) for name in MNIST)}
     if target == "mnist-m":
-        there["bsds500"] = any(root.glob("bsds500/*.jpg"))
+        there["bsds500"] = (root / "bsds500").exists()
     return there
+
+
+def load(source: str, target: str | None, root: Path | None) -> dict[str, Data]:
+    """The domain of a source, or of one of its targets if `target` is given.
+
+    `root` is the folder of the real data; None means the built-in images. Raises DataError.
+    """
+    digits = _mnist(root) if root else _builtin_digits()
+    if target is None:
+        return digits
+    if target == "mnist-m":
+        shift = partial(photo_background, photos=_photos(root) if root else _builtin_photos())
+    else:
+        shift = SHIFTS[source, target]
+    domain = {}
+    for split in ("pool", "val", "test"):
+        images, labels = digits[split]
+        domain[split] = shift(images, draw=_generator(f"{source} {target} {split}")), labels
+    return domain
 
 
 def subsample(data: Data, ratio: int, seed: int) -> Data:
@@ -111,7 +128,8 @@ def _generator(name: str) -> torch.Generator:
 
 def blur(x: torch.Tensor, draw: torch.Generator, sigma: float) -> torch.Tensor:
     """Gaussian blur of `sigma` pixels, the edge repeated outwards."""
-    return _by_chunks(lambda x: _blur(x.size(2), sigma) @ x @ _blur(x.size(3), sigma).T, x)
+    rows, columns = _blur(x.shape[2], sigma), _blur(x.shape[3], sigma)
+    return _by_chunks(lambda chunk: rows @ chunk @ columns.T, x)
 
 
 def _blur(size: int, sigma: float) -> torch.Tensor:
@@ -146,7 +164,7 @@ def transform_random(x: torch.Tensor, draw: torch.Generator, strength: float) ->
 
 
 def transform_fixed(x: torch.Tensor, draw: torch.Generator, angle: float) -> torch.Tensor:
-    """The same affine map for all images: `angle` degrees, shear 0.25, 0.8 times the size."""
+    """One affine map for all: `angle` degrees, shear 0.25, 0.8 times the size, a small move."""
     one = torch.ones(1)
     return affine(x, one * math.radians(angle), one * 0.25, one * 0.8, [one * 0.05, one * 0.05])
 
@@ -218,7 +236,7 @@ MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 BSDS500_URL = (
     "http://www.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/BSR/BSR_bsds500.tgz"
 )
-PHOTOS = "BSR/BSDS500/data/images/train"  # inside the archive
+PHOTOS, PHOTOS_COUNT = "BSR/BSDS500/data/images/train", 200  # inside the archive
 TIMEOUT = 5  # seconds without an answer that end a download
 
 
@@ -245,7 +263,8 @@ def fetch(url: str, path: Path, md5: str | None = None, report: Report = silent)
             f"{path} is missing, and downloading {url} failed ({reason}): put the file there"
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
     return path
 
 
@@ -273,15 +292,11 @@ def _idx_path(root: Path, name: str) -> Path | None:
 
 
 @cache
-def _mnist(root: Path, report: Report) -> dict[str, Data]:
+def _mnist(root: Path) -> dict[str, Data]:
     """MNIST: of each 60 training images 25 for the source, 5 for validation, 30 as target pool."""
-    arrays = {}
-    for name, md5 in MNIST.items():
-        path = _idx_path(root, name)
-        if path is None:
-            path = fetch(f"{MNIST_URL}{name}.gz", root / "mnist" / f"{name}.gz", md5, report)
-        arrays[name] = read_idx(path)
-    images, labels, test_images, test_labels = arrays.values()
+    images, labels, test_images, test_labels = (
+        read_idx(_idx_path(root, name) or root / "mnist" / name) for name in MNIST
+    )
     x, y = _digits(images, labels, root)
     order = torch.randperm(len(y), generator=_generator("mnist"))
     source, val, pool = order.tensor_split([len(y) * 25 // 60, len(y) * 30 // 60])
@@ -296,8 +311,8 @@ def _mnist(root: Path, report: Report) -> dict[str, Data]:
 def _digits(x: torch.Tensor, y: torch.Tensor, root: Path) -> Data:
     if x.shape[1:] != (28, 28) or y.shape != x.shape[:1] or len(y) < 60 or y.max() > 9:
         raise DataError(
-            f"{root / 'mnist'}: images {list(x.shape)} and labels {list(y.shape)} up to {y.max()} "
-            "are not MNIST: delete them"
+            f"{root / 'mnist'}: images {list(x.shape)} with labels {list(y.shape)} are not MNIST, "
+            "or a label is above 9: delete the files"
         )
     return x[:, None].expand(-1, 3, -1, -1), y.long()
 
@@ -311,16 +326,9 @@ def _pillow():
 
 
 @cache
-def _photos(root: Path | None, report: Report) -> list[torch.Tensor]:
-    """The 200 training photos of BSDS500, or built-in ones: uint8 [3, h, w] each."""
-    if root is None:
-        return list(_builtin_photos())
-    image = _pillow()
-    folder = root / "bsds500"
-    if not folder.exists():
-        archive = fetch(BSDS500_URL, root / "BSR_bsds500.tgz", report=report)
-        _unpack_photos(archive, folder)
-        archive.unlink()
+def _photos(root: Path) -> list[torch.Tensor]:
+    """The training photos of BSDS500: uint8 [3, h, w] each."""
+    image, folder = _pillow(), root / "bsds500"
     photos = []
     for path in sorted(folder.glob("*.jpg")):
         try:
@@ -336,7 +344,10 @@ def _photos(root: Path | None, report: Report) -> list[torch.Tensor]:
 
 
 def _unpack_photos(archive: Path, folder: Path) -> None:
-    """The training photos of BSDS500's archive into `folder`, which is there only when whole."""
+    """The photos in BSDS500's archive to `folder`, which is there only when whole.
+
+    Raises MissingError.
+    """
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     try:
         part.mkdir()
@@ -345,9 +356,11 @@ def _unpack_photos(archive: Path, folder: Path) -> None:
                 inside, _, name = member.name.rpartition("/")
                 if inside == PHOTOS and name.endswith(".jpg") and member.isfile():
                     (part / name).write_bytes(tar.extractfile(member).read())
+        if len(list(part.iterdir())) != PHOTOS_COUNT:
+            raise tarfile.TarError(f"{PHOTOS} should have {PHOTOS_COUNT} photos")
         part.rename(folder)
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise DataError(f"{archive} cannot be unpacked ({error}): delete it") from error
+        raise MissingError(f"{BSDS500_URL} is not BSDS500 ({error}): fill {folder}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -406,8 +419,8 @@ def draw_digits(count: int, draw: torch.Generator) -> Data:
 
 
 @cache
-def _builtin_photos() -> torch.Tensor:
-    return draw_photos(40, _generator("photos"))
+def _builtin_photos() -> list[torch.Tensor]:
+    return list(draw_photos(40, _generator("photos")))
 
 
 def draw_photos(count: int, draw: torch.Generator, side: int = 160) -> torch.Tensor:

@@ -363,14 +363,94 @@ def test_uint8_images_are_floats_from_0_to_1(source, train, val):
 
 def test_in_place_layers_do_not_change_the_data(train, val):
     net = nn.Sequential(
-        nn.Sequential(nn.LeakyReLU(-1, inplace=True), nn.Flatten(), nn.Linear(192, 8)),
-        nn.Sequential(nn.LeakyReLU(-1, inplace=True), nn.Linear(8, 4)),
+        nn.Sequential(nn.LeakyReLU(0.5, inplace=True), nn.Linear(192, 8)),
+        nn.Sequential(nn.LeakyReLU(0.5, inplace=True), nn.Linear(8, 4)),
     )
-    train, val = ((x / 255 - 0.5, y) for x, y in (train, val))
+    train, val = ((x.flatten(1) / 255 - 0.5, y) for x, y in (train, val))
     before = val[0].clone()
     result = fine_tune(net, 2, train, val, FAST)
     assert torch.equal(val[0], before)
     assert result.accuracy == flextune.accuracy(result.net, val, FAST)
+    assert torch.equal(val[0], before)
+
+
+class View(nn.Module):
+    def forward(self, x):
+        return x.view(len(x), -1)
+
+
+def test_a_unit_that_needs_the_plain_memory_layout(train, val):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(View(), nn.Linear(144, 4)))
+    for unit in (1, 2):
+        result = fine_tune(net, unit, train, val, FAST)
+        assert result.net(val[0] / 255).shape == (100, 4)
+        assert result.accuracy == flextune.accuracy(result.net, val, FAST)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.uint8])
+def test_images_are_brought_to_the_precision_of_the_network(source, val, kind):
+    x = val[0] if kind == torch.uint8 else (val[0] / 255).to(kind)
+    double = copy.deepcopy(source).double()
+    expected = flextune.accuracy(source, val, FAST)
+    assert flextune.accuracy(double, (x, val[1]), FAST) == expected
+    assert flextune.accuracy(source, (x, val[1]), FAST) == expected
+
+
+def test_a_dropout_layer_in_two_units_is_off_in_the_frozen_one(source, train, val):
+    def net(*dropouts):
+        units = nn.Sequential(nn.Flatten(), nn.Linear(192, 16)), nn.Linear(16, 16)
+        torch.manual_seed(0)
+        return nn.Sequential(
+            *(nn.Sequential(unit, dropout) for unit, dropout in zip(units, dropouts)),
+            nn.Linear(16, 4),
+        )
+
+    shared = nn.Dropout(0.5)
+    one, two = net(shared, shared), net(nn.Dropout(0.5), nn.Dropout(0.5))
+    two.load_state_dict(one.state_dict())
+    for unit in (1, 2):
+        assert same(*(fine_tune(each, unit, train, val, FAST).net for each in (one, two)))
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm1d(8), nn.InstanceNorm1d(8, track_running_stats=True)]
+)
+def test_every_norm_keeps_its_statistics(train, val, norm):
+    net = nn.Sequential(
+        nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.Unflatten(1, (8, 2)), norm),
+        nn.Sequential(nn.Flatten(), nn.Linear(16, 4)),
+    )
+    tuned = fine_tune(net, "all", train, val, FAST).net
+    assert not same(tuned, net)
+    for name, buffer in net.named_buffers():
+        assert torch.equal(buffer, tuned.get_buffer(name))
+
+
+def test_the_frozen_units_run_once(monkeypatch, source, train, val):
+    seen = []
+
+    class Counting(nn.Module):
+        def forward(self, x):
+            seen.append(len(x))
+            return x
+
+    net = nn.Sequential(Counting(), *copy.deepcopy(source))
+    epochs = fine_tune(net, 5, train, val, FAST).epochs
+    assert epochs > 2 and sum(seen) < 150  # 133 images, and a few to try the network on
+    seen.clear()
+    fine_tune(net, 5, train, val, replace(FAST, cache_bytes=0))
+    assert sum(seen) > epochs * 33
+
+
+def test_top_k_is_the_measure_everywhere(source, train, val):
+    settings = replace(FAST, top_k=2)
+    selection = flextune.fast_flex(source, train, val, settings)
+    best = selection.tuned[selection.best]
+    assert best.accuracy == flextune.accuracy(best.net, val, settings)
+    assert best.accuracy > flextune.accuracy(best.net, val, FAST)
+    for unit, a in selection.proxies.items():
+        proxy = flextune.surgery(source, selection.tuned["all"].net, unit)
+        assert a == flextune.accuracy(proxy, val, settings)
 
 
 def test_one_training_image_and_one_validation_image(source):
@@ -382,6 +462,9 @@ def test_a_diverged_candidate_is_the_source(source, train, val):
     result = fine_tune(source, "all", train, val, replace(FAST, lr=1e30))
     assert result.diverged and same(result.net, source)
     assert result.accuracy == result.history[0][1] == flextune.accuracy(source, val, FAST)
+    # A single step: its loss is finite, only the weights are not.
+    step = fine_tune(source, "all", images(4, 5), val, replace(FAST, lr=1e38), epochs=1)
+    assert step.diverged and same(step.net, source)
 
 
 def test_a_candidate_that_diverges_later_keeps_its_best_state(monkeypatch, source, train, val):
@@ -416,9 +499,18 @@ X, Y = images(8, seed=0)
         ({"net": nn.Linear(3, 3)}, "must be a plain nn.Sequential"),
         ({"net": Wrapped(nn.Flatten(), nn.Linear(192, 4))}, "must be a plain nn.Sequential"),
         ({"net": tied()}, "share parameters"),
-        ({"net": nn.Sequential(nn.Flatten()), "units": "all"}, "no parameters"),
+        ({"net": nn.Sequential(nn.Flatten()), "units": "all"}, "no unit of the network has"),
         ({"net": nn.Sequential(nn.Conv2d(3, 4, 3)), "units": 1}, "logits"),
+        ({"net": nn.Sequential(nn.LSTM(8, 4)), "units": 1}, "do not fit"),
         ({"units": 0}, "numbered 1 to 5"),
+        ({"units": "last"}, "numbered 1 to 5"),
+        ({"units": [1, "all"]}, "numbered 1 to 5"),
+        ({"units": 1.5}, "numbered 1 to 5"),
+        ({"units": None}, "numbered 1 to 5"),
+        ({"train": None}, "train: must be a pair (images, labels)"),
+        ({"val": (X, Y, Y)}, "val: must be a pair (images, labels)"),
+        ({"train": (X[0, 0, 0, 0], Y)}, "must be tensors"),
+        ({"train": (X[:, 0, 0, 0], Y)}, "do not fit"),
         ({"units": [5, 6]}, "numbered 1 to 5"),
         ({"units": []}, "no parameters"),
         ({"units": 3}, "no parameters"),
@@ -453,12 +545,15 @@ def test_settings_are_checked(name):
 
 
 def test_top_k_accuracy():
-    net = nn.Sequential(nn.Flatten())
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 4, bias=False))
+    net[1].weight.data = torch.eye(4)
     logits = torch.tensor([[3.0, 2, 1, 0], [0, 1, 2, 3], [0, 3, 1, 2]])[:, :, None, None]
-    logits = torch.cat([logits, torch.full((1, 4, 1, 1), 1.0)])
-    y = torch.tensor([1, 3, 0, 2])
-    got = [flextune.accuracy(net, (logits[:3], y[:3]), Settings(top_k=k)) for k in (1, 2, 3, 4)]
+    y = torch.tensor([1, 3, 0])
+    got = [flextune.accuracy(net, (logits, y), Settings(top_k=k)) for k in (1, 2, 3, 4)]
     assert got == pytest.approx([1 / 3, 2 / 3, 2 / 3, 1])
+    equal = torch.ones(4, 4, 1, 1), torch.arange(4)  # the first of equals is the largest
+    got = [flextune.accuracy(net, equal, Settings(top_k=k)) for k in (1, 2, 3, 4)]
+    assert got == [0.25, 0.5, 0.75, 1]
 
 
 def test_logits_that_are_not_numbers_are_never_right():
@@ -474,6 +569,8 @@ def test_logits_that_are_not_numbers_are_never_right():
 def test_ft_fc_tunes_the_last_units(source, train, val):
     for n, units in ((1, (5,)), (2, (4, 5)), (3, (2, 4, 5))):
         assert flextune.ft_fc(source, train, val, FAST, n=n).units == units
+    with pytest.raises(ValueError, match="n must be at least 1"):
+        flextune.ft_fc(source, train, val, FAST, n=0)
 
 
 def test_ft_all_tunes_all_units(source, train, val):
@@ -505,6 +602,16 @@ def test_ft_ss_tunes_scales_shifts_and_the_last_unit(source, train, val):
     for mine, theirs in ((net[0][1], source[0][1]), (net[1][1], source[1][1])):
         assert same(mine, theirs)  # BatchNorm: affine parameters and statistics
     assert not same(net[4], source[4])
+
+
+def test_ft_ss_refuses_weights_that_it_cannot_scale(train, val):
+    one, two = nn.Linear(192, 192), nn.Linear(192, 192)
+    two.weight = one.weight
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(192, 192))
+    for below in (nn.Sequential(nn.Flatten(), one, two), nn.Sequential(nn.Flatten(), normed)):
+        net = nn.Sequential(below, nn.Linear(192, 4))
+        with pytest.raises(ValueError, match="shared or parametrized"):
+            flextune.ft_ss(net, train, val, FAST)
 
 
 def test_ft_ss_starts_from_the_source(source, train, val):
@@ -568,6 +675,12 @@ def test_affine_known_maps():
     assert close(turned, x.rot90(1, (2, 3)))  # anti-clockwise
     moved = shifts.affine(x, zero, zero, one, [one * 0.25, zero])  # 7 pixels to the right
     assert close(moved[..., 7:], x[..., :-7]) and moved[..., :7].max() == 0
+    sheared = shifts.affine(x, zero, one, one, [zero, zero])  # a row per row, to the left below
+    for row in (4, 13, 20):
+        by = 13.5 - row
+        rolled = [x[..., row, :].roll(n, -1).float() for n in (int(by - 0.5), int(by + 0.5))]
+        middle = ((rolled[0] + rolled[1]) / 2)[..., 10:18]
+        assert (sheared[..., row, 10:18].float() - middle).abs().max() <= 1
     half = shifts.affine(torch.full_like(x, 255), zero, zero, one / 2, [zero, zero])
     assert (half > 127).float().mean().item() == pytest.approx(0.25, abs=0.02)
 
@@ -668,6 +781,12 @@ def test_a_target_shifts_the_splits_it_is_tuned_and_tested_on(mnist):
     assert shifted.keys() == {"pool", "val", "test"}
     for split, (x, y) in shifted.items():
         assert x.shape == plain[split][0].shape and torch.equal(y, plain[split][1])
+    alike = {split: (x[:50], y) for split, (x, y) in plain.items()}
+    alike = dict.fromkeys(alike, alike["val"])
+    with pytest.MonkeyPatch.context() as patch:  # each split draws its own
+        patch.setattr(shifts, "_mnist", lambda root: alike)
+        shifted = shifts.load("mnist", "occluded", mnist)
+    assert not torch.equal(shifted["val"][0], shifted["test"][0])
 
 
 # ---------------------------------------------------------------- files and downloads
@@ -707,9 +826,10 @@ def test_read_idx_says_what_is_wrong(tmp_path, name, content):
 
 
 def test_files_that_are_not_mnist(mnist):
-    (mnist / "mnist" / "t10k-labels-idx1-ubyte").write_bytes(idx(np.zeros(7, np.uint8)))
-    with pytest.raises(shifts.DataError, match="are not MNIST"):
-        shifts.load("mnist", None, mnist)
+    for labels in (np.zeros(7, np.uint8), np.zeros(0, np.uint8), np.full(200, 10, np.uint8)):
+        (mnist / "mnist" / "t10k-labels-idx1-ubyte").write_bytes(idx(labels))
+        with pytest.raises(shifts.DataError, match="are not MNIST"):
+            shifts.load("mnist", None, mnist)
 
 
 @pytest.fixture
@@ -754,6 +874,8 @@ def test_fetch_gets_the_whole_file_or_none(tmp_path, server):
             shifts.fetch(f"{url}/{page}", tmp_path / page, md5)
     with pytest.raises(shifts.MissingError, match="refused"):
         shifts.fetch("http://127.0.0.1:1/x", tmp_path / "refused")
+    with pytest.raises(shifts.MissingError, match="Not a directory|File exists"):
+        shifts.fetch(f"{url}/good", path / "below a file")
     assert [path.name for path in tmp_path.rglob("*")] == ["new", "good"]
 
 
@@ -765,10 +887,14 @@ def test_mnist_is_downloaded_where_it_is_missing(tmp_path, mnist, server, monkey
     sums = {name[1:-3]: hashlib.md5(body).hexdigest() for name, (_, body) in pages.items()}
     monkeypatch.setattr(shifts, "MNIST", {name: sums[name] for name in shifts.MNIST})
     monkeypatch.setattr(shifts, "MNIST_URL", f"{url}/")
-    (mnist / "mnist" / "t10k-labels-idx1-ubyte").unlink()
-    downloaded = shifts.load("mnist", None, tmp_path / "elsewhere")
-    assert torch.equal(downloaded["pool"][0], shifts.load("mnist", None, mnist)["pool"][0])
-    assert len(list((tmp_path / "elsewhere" / "mnist").iterdir())) == 4
+    expected = shifts.load("mnist", None, mnist)["pool"][0]
+    shifts.provide("mnist", "blurry", tmp_path / "new")
+    downloaded = shifts.load("mnist", None, tmp_path / "new")
+    assert torch.equal(downloaded["pool"][0], expected)
+    assert len(list((tmp_path / "new" / "mnist").iterdir())) == 4
+    pages["/t10k-images-idx3-ubyte.gz"] = {}, b"another file"
+    with pytest.raises(shifts.MissingError, match="its MD5 is"):
+        shifts.provide("mnist", "blurry", tmp_path / "wrong")
 
 
 def photo_archive(name="BSR/BSDS500/data/images/train/{}.jpg"):
@@ -789,7 +915,11 @@ def test_photos_are_downloaded_and_unpacked(mnist, server, monkeypatch):
     pages, url = server
     pages["/bsds.tgz"] = {}, photo_archive()
     monkeypatch.setattr(shifts, "BSDS500_URL", f"{url}/bsds.tgz")
+    with pytest.raises(shifts.MissingError, match="should have 200 photos"):
+        shifts.provide("mnist", "mnist-m", mnist)
+    monkeypatch.setattr(shifts, "PHOTOS_COUNT", 2)
     assert shifts.present("mnist", "mnist-m", mnist) == {"mnist": True, "bsds500": False}
+    shifts.provide("mnist", "mnist-m", mnist)
     digits = shifts.load("mnist", None, mnist)["test"][0]
     x, _ = shifts.load("mnist", "mnist-m", mnist)["test"]
     expected = (torch.tensor([200, 100, 50])[:, None, None] - digits.int()).abs()
@@ -812,7 +942,7 @@ def test_without_pillow_nothing_is_downloaded(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     monkeypatch.setattr(shifts, "fetch", lambda *_: pytest.fail("downloads"))
     with pytest.raises(shifts.DataError, match="pip install pillow"):
-        shifts.load("mnist", "mnist-m", tmp_path)
+        shifts.provide("mnist", "mnist-m", tmp_path)
 
 
 # ---------------------------------------------------------------- built-in digits
@@ -909,11 +1039,77 @@ def test_every_method_from_start_to_finish(quick, capsys):
     assert {row["seed"] for row in rows} == {7, 8}
     assert {row["data"] for row in rows} == {"built-in"}
     by = {row["method"]: row for row in rows[:8]}
+    assert by["ft-all"]["history"] != rows[8 + 4]["history"]  # another draw of the images
     assert by["flex"]["candidates"].keys() == {"1", "2", "3", "4", "all"}
     assert by["flex"]["val"] == max(one["val"] for one in by["flex"]["candidates"].values())
     assert by["flex"]["candidates"]["all"]["test"] == by["ft-all"]["test"]
     assert by["fast-flex"]["proxies"].keys() == {"1", "2", "3", "4"}
     assert by["source"]["val"] == by["flex"]["history"][0][1]
+
+
+def row(method, run, val, source=0.5, **more):
+    """A result row of an imaginary run."""
+    scenario = {"source": "mnist", "target": "blurry", "ratio": 30, "images": 300, "data": "real"}
+    result = {"method": method, "run": run, "val": val, "test": val, "history": [(0, source)]}
+    other = {
+        "units": [1],
+        "epochs": 10,
+        "seconds": 1.0,
+        "diverged": False,
+        "settings": {"top_k": 1},
+    }
+    return scenario | result | other | more
+
+
+def test_the_tables_mark_what_a_reader_should_know(capsys):
+    one, two, epoch = ({"val": a, "test": a} for a in (0.9, 0.7, 0.1))
+    first = {"proxies": {"1": 0.4}, "chosen": "1", "candidates": {"1": one, "all": epoch}}
+    second = {"proxies": {"1": 0.4}, "chosen": "2", "candidates": {"2": two, "all": epoch}}
+    run_all.print_scenario(
+        [
+            row("ft-all", 1, 0.4, units=[1, 2, 3, 4]),
+            row("ft-ss", 1, 0.5, diverged=True),
+            row("faster-flex", 1, 0.9, **first),
+            row("ft-all", 2, 0.6, units=[1, 2, 3, 4]),
+            row("faster-flex", 2, 0.7, **second),
+        ]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    table = {line.split("  ")[0]: line for line in lines}
+    assert "0.500 \u00b1 0.141  0.500 \u00b1 0.141  0.921" in table["ft-all*"]
+    assert "0.928" in table["ft-ss!"] and "4 fc2, scales" in table["ft-ss!"]
+    assert "* worse on the validation set than the source network, in a run or more" in lines
+    assert "! diverged, in a run or more: its network is from before that" in lines
+    assert "0.900 ###########. (1)" in table["1 conv1"]  # tuned in one of the two runs
+    assert table["1 conv1"].endswith("faster-flex (1 of 2)")
+    assert table["all"].split() == ["all", "-", "-", "-", "-"]  # one epoch of all is not ft-all
+
+
+def test_progress_tells_the_time_left(monkeypatch, capsys):
+    clock = iter([0, 10, 30])
+    monkeypatch.setattr(run_all.time, "perf_counter", lambda: next(clock))
+    progress = run_all.Progress(4)
+    progress.step("one")
+    progress.show("two", 0.5)
+    assert capsys.readouterr().err.splitlines() == [
+        "[1/4] one, about 30 s left",
+        "[1/4] two, about 50 s left",
+    ]
+    assert [run_all.duration(s) for s in (45, 720, 12600)] == ["45 s", "12 min", "3.5 h"]
+
+
+def test_results_are_appended_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "results.jsonl"
+    run_all.append([{"a": 1}], path)
+
+    class Full(io.FileIO):
+        def write(self, text):
+            return super().write(text[: len(text) // 2])
+
+    monkeypatch.setattr("builtins.open", lambda path, mode, buffering: Full(path, mode))
+    with pytest.raises(OSError, match="no space left"):
+        run_all.append([{"a": 2}, {"a": 3}], path)
+    assert path.read_bytes() == b'{"a": 1}\n'
 
 
 def test_each_network_is_trained_once_and_charged_to_each_method(quick, monkeypatch):
@@ -934,11 +1130,14 @@ def test_each_network_is_trained_once_and_charged_to_each_method(quick, monkeypa
 
 
 def test_the_saved_network_has_the_reported_accuracy(quick, capsys):
-    quick("--target blurry --ratio 3 --runs 1 --data builtin --methods flex --save new/net.pt")
+    quick(
+        "--target blurry --ratio 3 --runs 1 --data builtin --methods flex source --save new/net.pt"
+    )
     net = models.mnist_net()
     net.load_state_dict(torch.load("new/net.pt", weights_only=True))
     test = shifts.load("mnist", "blurry", None)["test"]
-    assert flextune.accuracy(net, test) == results()[0]["test"]
+    by = {row["method"]: row["test"] for row in results()}
+    assert flextune.accuracy(net, test) == by["flex"] != by["source"]
     assert "the network of flex is in new/net.pt" in capsys.readouterr().out
 
 
@@ -955,6 +1154,10 @@ def test_the_source_network_is_kept_and_a_broken_one_replaced(quick, capsys, mon
     assert "cannot be read: the source network is trained anew" in capsys.readouterr().err
     first, *others = (row["test"] for row in results())
     assert others == [first, first]
+    longer = replace(run_all.SOURCES["mnist"], pretraining=Settings(max_epochs=2))
+    monkeypatch.setitem(run_all.SOURCES, "mnist", longer)
+    quick(command)  # other settings, another network
+    assert results()[-1]["test"] != first
 
 
 def test_without_data_and_network_the_built_in_digits_are_announced(quick, capsys):
@@ -985,6 +1188,8 @@ def test_list_shows_every_scenario_and_its_data(quick, capsys, mnist):
     assert len(lines) == 6
     assert re.search("mnist +4-layer +blurry +3 30 300 3000 +top-1 +mnist there", lines[1])
     assert any(line.endswith("mnist there, bsds500 missing") for line in lines)
+    quick("--list --data builtin")
+    assert capsys.readouterr().out.count("built-in images there") == 5
 
 
 @pytest.mark.parametrize(
@@ -997,6 +1202,7 @@ def test_list_shows_every_scenario_and_its_data(quick, capsys, mnist):
         ("--source imagenet", "argument --source: invalid choice"),
         ("--methods magic", "argument --methods: invalid choice"),
         ("--device toaster", "argument --device: toaster: "),
+        ("--device meta", "argument --device: meta: neither cpu nor cuda"),
         ("--target blurry --ratio 4000 --data builtin", "the largest that 300 images"),
         ("--target blurry --ratio 3 --save x", "--save keeps one network"),
         ("--target blurry --ratio 30 --save .", "is a folder"),
@@ -1011,6 +1217,7 @@ def test_usage_errors_are_one_line(quick, capsys, command, message):
 
 def test_a_target_of_several_sources_needs_the_source(quick, capsys, monkeypatch):
     monkeypatch.setitem(run_all.SOURCES, "cifar", run_all.SOURCES["mnist"])
+    run_all.unit_names.cache_clear()
     message = "target blurry needs --source: mnist or cifar"
     assert message in fails(capsys, lambda: quick("--target blurry"))
     quick("--source cifar --target blurry --list")
