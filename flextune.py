@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -121,12 +122,8 @@ def accuracy(net: nn.Sequential, data: Data, settings: Settings = Settings()) ->
 
     Raises ValueError for a network or data that cannot be worked with.
     """
-    candidates(net)
-    device = _device(settings)
-    net = copy.deepcopy(net).to(device).eval()
-    _check(net, "data", data, settings)
-    layout = _layout(net, data[0])
-    return _accuracy(lambda x: net(_load(x, net, layout)), *data, settings.top_k)
+    net, load = _working_copy(net, settings, data=data)
+    return _accuracy(lambda x: net(load(x)), *data, settings.top_k)
 
 
 @torch.no_grad()
@@ -142,8 +139,20 @@ def _accuracy(forward, x: torch.Tensor, y: torch.Tensor, top_k: int) -> float:
     return hits.item() / len(y)
 
 
-def _device(settings: Settings) -> torch.device:
-    return torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+def _working_copy(net: nn.Sequential, settings: Settings, **sets: Data):
+    """A copy of `net` on the device, in evaluation mode, and the function that loads its batches.
+
+    Raises ValueError if it cannot work on one of the `sets`.
+    """
+    candidates(net)
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    net = copy.deepcopy(net).to(device).eval()
+    for place, unit in enumerate(net):
+        net[place] = copy.deepcopy(unit)  # two units may share a dropout layer
+    for name, data in sets.items():
+        _check(net, name, data, settings)
+    x, _ = data
+    return net, partial(_load, net=net, layout=_layout(net, x))
 
 
 def _load(x: torch.Tensor, net: nn.Sequential, layout=torch.contiguous_format) -> torch.Tensor:
@@ -226,21 +235,11 @@ def fine_tune(
     if epochs is not None and epochs < 1:
         raise ValueError(f"epochs must be at least 1, not {epochs}")
     numbers = _numbers(net, units)
-    device = _device(settings)
-    tuned = copy.deepcopy(net).to(device).eval().requires_grad_(False)
-    for place, unit in enumerate(tuned):
-        tuned[place] = copy.deepcopy(unit)  # two units may share a dropout layer
-    _check(tuned, "train", train, settings)
-    _check(tuned, "val", val, settings)
-    layout = _layout(tuned, train[0])
-
+    tuned, load = _working_copy(net, settings, train=train, val=val)
+    tuned.requires_grad_(False)
     trained = nn.ModuleList(tuned[number - 1] for number in numbers).requires_grad_(True)
-    first = numbers[0] - 1
+    device, first = next(trained.parameters()).device, numbers[0] - 1
     frozen, rest = (nn.Sequential(*part) for part in (list(tuned)[:first], list(tuned)[first:]))
-
-    def load(x):
-        return _load(x, tuned, layout)
-
     frozen, x_train, x_val = _run_once(frozen, load, train[0], val[0], settings.cache_bytes)
     y_train, y_val = train[1].to(x_train.device), val[1].to(x_val.device)
 
