@@ -188,36 +188,30 @@ def run(scenario: dict, methods, net, domain, settings: Settings, progress: Prog
     title = f"{scenario['target']}, ratio {scenario['ratio']}, run {scenario['run']}"
     tune = Once(net, progress, title)
     test = cache(lambda net: flextune.accuracy(net, domain["test"], settings))
+
+    def record(result):
+        fields = ("units", "epochs", "seconds", "trained", "diverged", "history")
+        accuracies = {"val": result.accuracy, "test": test(result.net)}
+        return accuracies | {field: getattr(result, field) for field in fields}
+
     rows, nets = [], {}
     for method in methods:
         outcome = METHODS[method](net, train, domain["val"], settings=settings, tune=tune)
-        chosen = isinstance(outcome, flextune.Selection)
-        result = outcome.result if chosen else outcome
-        row = {
-            "images": len(train[1]),
-            "method": method,
-            "units": result.units,
-            "val": result.accuracy,
-            "test": test(result.net),
-            "epochs": outcome.epochs,
-            "seconds": outcome.seconds,
-            "trained": result.trained,
-            "diverged": result.diverged,
-            "history": result.history,
-        }
-        if chosen:
-            row["chosen"], row["best"] = str(outcome.chosen), str(outcome.best)
-            row["proxies"] = {str(unit): a for unit, a in outcome.proxies.items()}
-            row["candidates"] = {
-                str(unit): {
-                    "val": tuned.accuracy,
-                    "test": test(tuned.net),
-                    "epochs": tuned.epochs,
-                    "seconds": tuned.seconds,
-                }
-                for unit, tuned in outcome.tuned.items()
+        row = scenario | {"method": method, "images": len(train[1]), "settings": asdict(settings)}
+        if isinstance(outcome, flextune.Selection):
+            result = outcome.result
+            row |= record(result) | {
+                "epochs": outcome.epochs,
+                "seconds": outcome.seconds,
+                "chosen": str(outcome.chosen),
+                "best": str(outcome.best),
+                "proxies": {str(unit): a for unit, a in outcome.proxies.items()},
+                "candidates": {str(unit): record(one) for unit, one in outcome.tuned.items()},
             }
-        rows.append(scenario | row | {"settings": asdict(settings)})
+        else:
+            result = outcome
+            row |= record(result)
+        rows.append(row)
         nets[method] = result.net
     return rows, nets
 
