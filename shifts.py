@@ -107,7 +107,7 @@ def subsample(data: Data, ratio: int, seed: int) -> Data:
         )
     share = pool * total / pool_size
     counts = share.long().clamp(min=1).minimum(pool)
-    while counts.sum() != total:
+    while counts.sum() != total:  # the class that is furthest from its share gives or takes one
         over = counts.sum() > total
         rest = (counts - share).masked_fill(counts == 1, -math.inf) if over else share - counts
         counts[rest.masked_fill(pool == 0, -math.inf).argmax()] += -1 if over else 1
@@ -145,20 +145,24 @@ def _blur(size: int, sigma: float) -> torch.Tensor:
 def occlude(x: torch.Tensor, draw: torch.Generator, area: float) -> torch.Tensor:
     """A black rectangle over the share `area` of each image; drawn: aspect (1:2 to 2:1), place."""
     n, _, height, width = x.shape
-    aspect = 2 ** _uniform(n, draw, 1)
-    size = [height * (area * aspect).sqrt(), width * (area / aspect).sqrt()]
-    inside = []
-    for axis, (full, side) in enumerate(zip((height, width), size)):
-        start = torch.rand(n, generator=draw) * (full - side)
-        at = torch.arange(full) + 0.5
-        covered = (at > start[:, None]) & (at < (start + side)[:, None])  # (N, H or W)
-        inside.append(covered[:, None, :, None] if axis == 0 else covered[:, None, None, :])
-    return x.masked_fill(inside[0] & inside[1], 0)
+    aspect = 2 ** _uniform(n, draw, 1)[:, None]  # (N, 1)
+
+    def covered(pixels, side):  # (N, pixels)
+        start = torch.rand(n, 1, generator=draw) * (pixels - side)
+        centres = torch.arange(pixels) + 0.5
+        return (start < centres) & (centres < start + side)
+
+    rows = covered(height, height * (area * aspect).sqrt())
+    columns = covered(width, width * (area / aspect).sqrt())
+    return x.masked_fill(rows[:, None, :, None] & columns[:, None, None, :], 0)
 
 
 def transform_random(x: torch.Tensor, draw: torch.Generator, strength: float) -> torch.Tensor:
-    """An affine map drawn for each image; strength 1: up to 90 degrees, shear 0.5, 0.7 to 1.4
-    times the size, and 7 of 28 pixels each way."""
+    """An affine map drawn for each image.
+
+    With strength 1: up to 90 degrees, shear 0.5, 0.7 to 1.4 times the size, and a quarter of the
+    image, all of them either way.
+    """
     angle, shear, zoom, *move = (_uniform(len(x), draw, strength) for _ in range(5))
     return affine(x, angle * math.pi / 2, shear * 0.5, 2 ** (zoom * 0.5), [m * 0.25 for m in move])
 

@@ -345,6 +345,20 @@ def test_the_same_seed_gives_the_same_result_whatever_ran_before(source, train, 
     assert not same(first[4].net, run(4, seed=1).net)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+@pytest.mark.parametrize("cache_bytes", [1 << 30, 0])
+def test_cuda_is_reproducible_and_agrees_with_the_cpu(source, train, val, cache_bytes):
+    random = torch.cuda.get_rng_state()
+    settings = replace(FAST, device="cuda", cache_bytes=cache_bytes)
+    cpu = flextune.flex(source, train, val, FAST)
+    one, two = (flextune.flex(source, train, val, settings) for _ in range(2))
+    assert torch.equal(torch.cuda.get_rng_state(), random)
+    for unit, result in one.tuned.items():
+        assert next(result.net.parameters()).device.type == "cpu"  # where the network came from
+        assert same(result.net, two.tuned[unit].net)
+        assert result.accuracy == pytest.approx(cpu.tuned[unit].accuracy, abs=0.05)
+
+
 @pytest.mark.parametrize("unit", [1, 4, "all"])
 def test_beyond_the_cache_budget_the_result_is_the_same(source, train, val, unit):
     kept, recomputed = (
