@@ -249,15 +249,16 @@ def fetch(url: str, path: Path, md5: str | None = None, report: Report = silent)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     digest = hashlib.md5()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, open(part, "wb") as file:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
             total = int(answer.headers.get("Content-Length") or 0)
-            while chunk := answer.read(1 << 18):
-                digest.update(chunk)
-                file.write(chunk)
-                report(f"downloading {path.name}", file.tell(), total)
-            if file.tell() < total:
-                raise OSError(f"it ended after {file.tell()} of {total} bytes")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, "wb") as file:
+                while chunk := answer.read(1 << 18):
+                    digest.update(chunk)
+                    file.write(chunk)
+                    report(f"downloading {path.name}", file.tell(), total)
+                if file.tell() < total:
+                    raise OSError(f"it ended after {file.tell()} of {total} bytes")
         if md5 and digest.hexdigest() != md5:
             raise OSError(f"its MD5 is {digest.hexdigest()}, not {md5}")
         part.replace(path)
