@@ -40,6 +40,7 @@ class Settings:
     check_every: int = 5  # epochs from one validation to the next; the paper: 5 to 10
     patience: int = 5  # validations in a row without a better accuracy that end the training
     max_epochs: int = 300  # the training ends here even if the accuracy still improves
+    batch_statistics: bool = False  # BatchNorm in tuned units: use and update the batch's
     top_k: int = 1  # an image counts as right if its class is among the k largest logits
     seed: int = 0  # of the order of the images and of dropout
     device: str | None = None  # None: CUDA where there is one, else the CPU
@@ -225,7 +226,7 @@ def fine_tune(
     `units` is a number from 1 to L, several of them, or "all". The state with the best validation
     is returned, the source network not being one of them; with a number of `epochs`, the last
     state. In the units every parameter is trained, whatever its `requires_grad`, and BatchNorm
-    keeps its statistics. All else is frozen: parameters and buffers stay as they are, dropout is
+    keeps its statistics unless the settings say otherwise. All else is frozen: parameters and buffers stay as they are, dropout is
     off. Protocol of section 5.1.
     `report(epoch, accuracy)` is called after each validation.
 
@@ -258,7 +259,7 @@ def fine_tune(
         losses, diverged = torch.zeros((), device=device), False  # looked at when validating
         last = settings.max_epochs if epochs is None else epochs
         for epoch in range(1, last + 1):
-            _train_mode(trained)
+            _train_mode(trained, settings.batch_statistics)
             shuffled = torch.randperm(len(x_train), generator=order).to(x_train.device)
             for batch in shuffled.split(settings.batch_size):
                 optimizer.zero_grad()
@@ -350,12 +351,12 @@ def _run_once(frozen: nn.Sequential, load, x_train, x_val, cache_bytes: int):
     return nn.Sequential(), output(x_train), output(x_val)
 
 
-def _train_mode(units: nn.Module) -> None:
-    """Dropout on; BatchNorm's statistics stay those of the source, as in every frozen unit."""
+def _train_mode(units: nn.Module, batch_statistics: bool) -> None:
+    """Dropout on; BatchNorm's statistics as the setting says."""
     units.train()
     for module in units.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):
-            module.eval()
+            module.train(batch_statistics)
 
 
 # ---------------------------------------------------------------- selection (sections 3 and 4)
