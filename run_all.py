@@ -1,9 +1,9 @@
 """The experiments of Royer & Lampert, "A Flexible Selection Scheme for Minimum-Effort Transfer
 Learning", WACV 2020: every method on one transfer scenario, on several, or on all.
 
-    python run_all.py --target mnist-m --ratio 30                 # one scenario, all methods
-    python run_all.py --target blurry occluded --ratio 3 30       # four scenarios
-    python run_all.py --target blurry --ratio 30 --methods flex ft-all --runs 3 --data DIR
+    python run_all.py --target sketch --ratio 20                  # one scenario, all methods
+    python run_all.py --target svhn occluded --ratio 3 30         # four scenarios
+    python run_all.py --target art --ratio 20 --methods flex ft-all --runs 3 --data DIR
     python run_all.py --list                                      # all scenarios, and their data
 
 Results are appended to results/results.jsonl, a line per scenario, run and method.
@@ -39,27 +39,71 @@ from flextune import Settings
 
 
 @dataclass(frozen=True)
-class Source:
-    """A source domain: its network, how that is trained and tuned, and its targets (Table 2)."""
+class Family:
+    """The targets of a source that share a network and a protocol (a line of Table 2)."""
 
+    source: str
+    targets: tuple[str, ...]
+    ratios: tuple[int, ...]  # images per class, the smallest first
     network: str
     build: Callable[[], nn.Sequential]
     pretraining: Settings
     tuning: Settings
-    targets: tuple[str, ...]
-    ratios: tuple[int, ...]  # images per class, the smallest first
+    weights: Callable[[Path], nn.Sequential] | None = None  # of real data: read, not trained
+    stand_in: Settings | None = None  # the tuning on built-in data, where it is another
 
 
-SOURCES = {
-    "mnist": Source(
+SEVEN_LAYERS = {
+    "ratios": (2, 20, 200, 2000),
+    "network": "7-layer",
+    "build": models.cifar_net,
+    "pretraining": Settings(lr=1e-3, max_epochs=30),
+    "tuning": Settings(lr=1e-3),
+}
+INCEPTION2 = {  # on built-in data a narrow network, on small images
+    "network": "Inception2",
+    "build": partial(models.inception2, classes=6, width=0.25),
+    "pretraining": Settings(lr=1e-3, max_epochs=9, check_every=1, batch_statistics=True),
+    "stand_in": Settings(lr=1e-3, patience=3),
+}
+FAMILIES = (
+    Family(
+        source="mnist",
+        targets=("blurry", "occluded", "mnist-m", "transform-random", "svhn", "transform-fixed"),
+        ratios=(3, 30, 300, 3000),
         network="4-layer",
         build=models.mnist_net,
         pretraining=Settings(lr=1e-3, max_epochs=20),
         tuning=Settings(lr=1e-3),
-        targets=("blurry", "occluded", "mnist-m", "transform-random", "transform-fixed"),
-        ratios=(3, 30, 300, 3000),
     ),
-}
+    Family(
+        source="cifar",
+        targets=("noisy", "blurry", "quickdraw"),
+        **SEVEN_LAYERS,
+    ),
+    Family(
+        source="quickdraw",
+        targets=("blurry", "noisy", "cifar"),
+        **SEVEN_LAYERS,
+    ),
+    Family(
+        source="ilsvrc",
+        targets=("yuv", "hsv", "rotation", "scaling-symmetric", "scaling-stretch"),
+        ratios=(2, 12, 25),
+        tuning=Settings(lr=1e-4, top_k=5),
+        weights=models.load_inception2,
+        **INCEPTION2,
+    ),
+    Family(
+        source="ilsvrc",
+        targets=("art", "cartoon", "sketch"),
+        ratios=(2, 20, 200),
+        tuning=Settings(lr=1e-4),
+        weights=lambda path: models.pacs_head(models.load_inception2(path)),
+        **INCEPTION2,
+    ),
+)
+SCENARIOS = {(family.source, target): family for family in FAMILIES for target in family.targets}
 
 METHODS = {
     "source": flextune.source,
@@ -72,22 +116,59 @@ METHODS = {
     "faster-flex": flextune.faster_flex,
 }
 
-TABLE_2 = {  # test accuracy of the source network
+TABLE_2 = {  # test accuracy of the source network; for QuickDraw from Table 3
     ("mnist", "blurry"): 0.748,
     ("mnist", "occluded"): 0.581,
     ("mnist", "mnist-m"): 0.439,
     ("mnist", "transform-random"): 0.322,
+    ("mnist", "svhn"): 0.211,
     ("mnist", "transform-fixed"): 0.160,
+    ("cifar", "noisy"): 0.540,
+    ("cifar", "blurry"): 0.324,
+    ("cifar", "quickdraw"): 0.291,
+    ("quickdraw", "blurry"): 0.19,
+    ("quickdraw", "noisy"): 0.63,
+    ("quickdraw", "cifar"): 0.20,
+    ("ilsvrc", "yuv"): 0.841,
+    ("ilsvrc", "hsv"): 0.384,
+    ("ilsvrc", "rotation"): 0.743,
+    ("ilsvrc", "scaling-symmetric"): 0.519,
+    ("ilsvrc", "scaling-stretch"): 0.440,
+    ("ilsvrc", "art"): 0.532,
+    ("ilsvrc", "cartoon"): 0.346,
+    ("ilsvrc", "sketch"): 0.142,
 }
-_COLUMNS = ("flex", "fast-flex", "faster-flex", "ft-fc-1", "ft-fc-2", "ft-ss", "ft-all")
+_SMALL = ("flex", "fast-flex", "faster-flex", "ft-fc-1", "ft-fc-2", "ft-ss", "ft-all")
+_LARGE = ("flex", "fast-flex", "faster-flex", "ft-fc-1", "ft-ss", "ft-all")
 TABLE_3 = {  # test accuracy of each method
-    scenario: dict(zip(_COLUMNS, figures))
+    scenario: dict(zip(_LARGE if scenario[0] == "ilsvrc" else _SMALL, figures))
     for scenario, figures in {
         ("mnist", "blurry", 30): (0.926, 0.926, 0.926, 0.921, 0.928, 0.928, 0.921),
         ("mnist", "occluded", 30): (0.806, 0.806, 0.801, 0.785, 0.801, 0.792, 0.806),
         ("mnist", "mnist-m", 30): (0.683, 0.683, 0.671, 0.615, 0.670, 0.675, 0.683),
+        ("mnist", "svhn", 30): (0.669, 0.669, 0.572, 0.451, 0.595, 0.657, 0.669),
         ("mnist", "transform-random", 30): (0.644, 0.644, 0.644, 0.573, 0.638, 0.624, 0.625),
         ("mnist", "transform-fixed", 30): (0.908, 0.887, 0.879, 0.839, 0.875, 0.866, 0.887),
+        ("cifar", "blurry", 20): (0.577, 0.577, 0.512, 0.444, 0.501, 0.569, 0.577),
+        ("cifar", "noisy", 20): (0.624, 0.624, 0.624, 0.583, 0.597, 0.618, 0.621),
+        ("cifar", "quickdraw", 20): (0.518, 0.517, 0.517, 0.475, 0.525, 0.495, 0.501),
+        ("quickdraw", "blurry", 20): (0.642, 0.631, 0.560, 0.426, 0.468, 0.707, 0.631),
+        ("quickdraw", "noisy", 20): (0.801, 0.801, 0.795, 0.788, 0.792, 0.805, 0.801),
+        ("quickdraw", "cifar", 20): (0.424, 0.424, 0.401, 0.333, 0.347, 0.388, 0.424),
+        ("ilsvrc", "yuv", 12): (0.893, 0.893, 0.893, 0.835, 0.699, 0.808),
+        ("ilsvrc", "hsv", 12): (0.856, 0.856, 0.856, 0.533, 0.646, 0.687),
+        ("ilsvrc", "scaling-stretch", 12): (0.724, 0.696, 0.696, 0.502, 0.584, 0.653),
+        ("ilsvrc", "scaling-symmetric", 12): (0.770, 0.757, 0.757, 0.663, 0.650, 0.716),
+        ("ilsvrc", "rotation", 12): (0.826, 0.832, 0.812, 0.667, 0.652, 0.771),
+        ("ilsvrc", "art", 2): (0.669, 0.703, 0.655, 0.626, 0.630, 0.628),
+        ("ilsvrc", "cartoon", 2): (0.639, 0.683, 0.593, 0.618, 0.647, 0.507),
+        ("ilsvrc", "sketch", 2): (0.625, 0.606, 0.414, 0.554, 0.581, 0.337),
+        ("ilsvrc", "art", 20): (0.870, 0.851, 0.861, 0.729, 0.849, 0.724),
+        ("ilsvrc", "cartoon", 20): (0.912, 0.893, 0.841, 0.820, 0.887, 0.709),
+        ("ilsvrc", "sketch", 20): (0.852, 0.638, 0.638, 0.766, 0.801, 0.542),
+        ("ilsvrc", "art", 200): (0.906, 0.906, 0.823, 0.791, 0.887, 0.746),
+        ("ilsvrc", "cartoon", 200): (0.958, 0.956, 0.952, 0.868, 0.956, 0.925),
+        ("ilsvrc", "sketch", 200): (0.924, 0.924, 0.890, 0.767, 0.916, 0.875),
     }.items()
 }
 
@@ -134,10 +215,9 @@ class Progress:
         self.done += 1
         self.show(text)
 
-    def download(self, text: str, done: int, total: int) -> None:
+    def part(self, text: str, done: int, total: int) -> None:
         """A `shifts.Report`."""
-        of = f" of {total >> 20}" if total else ""
-        self.show(f"{text}, {done >> 20}{of} MiB", done / max(total, done))
+        self.show(text, done / max(total, done))
 
 
 def clear_line() -> None:
@@ -217,15 +297,21 @@ def run(scenario: dict, methods, net, domain, settings: Settings, progress: Prog
 
 
 @cache
-def unit_names(source: str) -> list[str]:
+def unit_names(family: Family) -> list[str]:
     """The names of the source network's units, in order."""
     with torch.device("meta"):  # no weights, no random numbers
-        return [name for name, _ in SOURCES[source].build().named_children()]
+        return [name for name, _ in family.build().named_children()]
 
 
-def trainings(methods, source: str) -> int:
+def methods_of(family: Family, asked: list[str] | None) -> list[str]:
+    """The methods to run, in Table 3's order; of Inception2 the paper tunes one last unit alone."""
+    without = {"ft-fc-2"} if family.network == "Inception2" else set()
+    return [method for method in METHODS if method in (asked or METHODS.keys() - without)]
+
+
+def trainings(methods: list[str], family: Family) -> int:
     """How many networks a run fine-tunes at the most, one that several methods need once."""
-    last = len(unit_names(source))
+    last = len(unit_names(family))
     needs = {
         "source": [],
         "ft-fc-1": [last],
@@ -240,13 +326,18 @@ def trainings(methods, source: str) -> int:
     return len(needed - ({"fast", "faster"} if "flex" in methods else set()))
 
 
-def source_network(name: str, root: Path | None, out: Path, device: str | None) -> nn.Sequential:
-    """The source network, trained once on the source's own images and then kept in `out`."""
-    source, domain = SOURCES[name], shifts.load(name, None, root)
+def source_network(family: Family, root: Path | None, out: Path, device: str | None):
+    """The source network: read, or trained once on the source's images and then kept in `out`."""
+    name = family.source
+    if root and family.weights:
+        path = root / "inception2.npz"
+        print(f"{name}: {family.network}, weights from {path}")
+        return family.weights(path)
+    domain = shifts.load(name, None, root)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        net = source.build()
-    made_of = hashlib.md5(f"{net} {source.pretraining}".encode())
+        net = family.build()
+    made_of = hashlib.md5(f"{net} {family.pretraining}".encode())
     for tensor in (*domain["source"], *domain["val"]):
         made_of.update(tensor.numpy())
     path = out / f"source-{name}-{'real' if root else 'builtin'}.pt"
@@ -258,15 +349,15 @@ def source_network(name: str, root: Path | None, out: Path, device: str | None) 
             text = f"pretraining on {name}: epoch {epoch}, validation {accuracy:.3f}"
             progress.show(text, epoch / settings.max_epochs)
 
-        settings = replace(source.pretraining, device=device)
+        settings = replace(family.pretraining, device=device)
         data = domain["source"], domain["val"]
         state = flextune.fine_tune(net, "all", *data, settings, None, report).net.state_dict()
         clear_line()
         save({"made_of": made_of.hexdigest(), "net": state}, path)
     net.load_state_dict(state)
-    own = flextune.accuracy(net, domain["test"], replace(source.pretraining, device=device))
+    own = flextune.accuracy(net, domain["test"], replace(family.pretraining, device=device))
     where = f"data in {root}" if root else "built-in data"
-    print(f"{name}: {source.network} network, {own:.3f} on its own test images, {where}")
+    print(f"{name}: {family.network} network, {own:.3f} on its own test images, {where}")
     return net
 
 
@@ -311,7 +402,8 @@ BUILT_IN = "BUILT-IN DATA: drawn by shifts.py, no figure compares with the paper
 
 def print_scenario(rows: list[dict]) -> None:
     """The tables of one scenario: means over its runs."""
-    first, names = rows[0], unit_names(rows[0]["source"])
+    first = rows[0]
+    names = unit_names(SCENARIOS[first["source"], first["target"]])
     runs = len({row["run"] for row in rows})
     print(f"\n{first['source']} -> {first['target']}, ratio {first['ratio']}", end=": ")
     print(f"{first['images']} training images, {runs} run{'s' * (runs > 1)}", end=", ")
@@ -447,16 +539,19 @@ def device(text: str) -> str:
 def parser() -> Parser:
     result = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = result.add_argument
-    add("--source", choices=SOURCES, help="source domain; default: that of the targets")
+    add(
+        "--source",
+        choices=dict.fromkeys(source for source, _ in SCENARIOS),
+        help="source domain; default: that of the targets",
+    )
     add("--target", nargs="+", metavar="NAME", help="target domains (--list); default: all")
     add("--ratio", nargs="+", type=positive, metavar="N", help="images per class; default: all")
     add(
         "--methods",
         nargs="+",
         choices=METHODS,
-        default=list(METHODS),
         metavar="NAME",
-        help="default: " + " ".join(METHODS),
+        help=f"default: {' '.join(METHODS)} (Inception2: without ft-fc-2)",
     )
     add(
         "--runs",
@@ -490,11 +585,7 @@ def parser() -> Parser:
 
 def scenarios(args) -> list[tuple[str, str]]:
     """The (source, target) pairs asked for. Raises UsageError for an unknown or unclear target."""
-    pairs = [
-        (source, target)
-        for source in ([args.source] if args.source else SOURCES)
-        for target in SOURCES[source].targets
-    ]
+    pairs = [pair for pair in SCENARIOS if args.source in (None, pair[0])]
     for name in args.target or ():
         sources = [source for source, target in pairs if target == name]
         if not sources:
@@ -507,18 +598,17 @@ def scenarios(args) -> list[tuple[str, str]]:
 
 def print_scenarios(pairs: list[tuple[str, str]], data: str | None) -> None:
     table = [["source", "network", "target", "ratios", "accuracy", f"data in {data or 'data'}"]]
-    for name, target in pairs:
-        source = SOURCES[name]
-        there = {"built-in images": True}
+    for source, target in pairs:
+        family, there = SCENARIOS[source, target], {"built-in images": True}
         if data != "builtin":
-            there = shifts.present(name, target, Path(data or "data"))
+            there = shifts.present(source, target, Path(data or "data"))
         table.append(
             [
-                name,
-                source.network,
+                source,
+                family.network,
                 target,
-                " ".join(map(str, source.ratios)),
-                f"top-{source.tuning.top_k}",
+                " ".join(map(str, family.ratios)),
+                f"top-{1 if data == 'builtin' else family.tuning.top_k}",
                 ", ".join(f"{what} {'there' if is_ else 'missing'}" for what, is_ in there.items()),
             ]
         )
@@ -531,7 +621,7 @@ def locate(source: str, target: str, data: str | None) -> Path | None:
         return None
     root = Path(data or "data")
     try:
-        shifts.provide(source, target, root, Progress(1).download)
+        shifts.provide(source, target, root, Progress(1).part)
         return root
     except shifts.MissingError as error:
         if data:
@@ -546,11 +636,10 @@ def locate(source: str, target: str, data: str | None) -> Path | None:
 def run_scenarios(args, pairs: list[tuple[str, str]]) -> None:
     """Run, record and print every scenario asked for."""
     plan = [
-        (source, target, ratio, args.runs or (20 if ratio == SOURCES[source].ratios[0] else 1))
-        for source, target in pairs
-        for ratio in sorted(set(args.ratio or SOURCES[source].ratios))
+        (pair, ratio, args.runs or (20 if ratio == SCENARIOS[pair].ratios[0] else 1))
+        for pair in pairs
+        for ratio in sorted(set(args.ratio or SCENARIOS[pair].ratios))
     ]
-    methods = [method for method in METHODS if method in args.methods]
     if args.save and args.save.is_dir():
         raise UsageError(f"--save takes the name of a file, and {args.save} is a folder")
     if args.save and sum(runs for *_, runs in plan) > 1:
@@ -562,36 +651,40 @@ def run_scenarios(args, pairs: list[tuple[str, str]]) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     append([], results)
     roots, networks = {pair: locate(*pair, args.data) for pair in pairs}, {}
-    progress = Progress(sum(runs * trainings(methods, source) for source, *_, runs in plan))
-    for (source, target), steps in itertools.groupby(plan, key=lambda step: step[:2]):
-        paused, root = time.perf_counter(), roots[source, target]
-        tuning = replace(SOURCES[source].tuning, device=args.device)
-        domain = shifts.load(source, target, root)
-        if (source, root) not in networks:
-            networks[source, root] = source_network(source, root, args.out, args.device)
-        net = networks[source, root]
+    methods = {pair: methods_of(SCENARIOS[pair], args.methods) for pair in pairs}
+    steps = {pair: trainings(methods[pair], SCENARIOS[pair]) for pair in pairs}
+    progress = Progress(sum(runs * steps[pair] for pair, _, runs in plan))
+    for pair, ratios in itertools.groupby(plan, key=lambda step: step[0]):
+        paused, root, family = time.perf_counter(), roots[pair], SCENARIOS[pair]
+        domain = None  # before the next: one in memory at a time
+        domain = shifts.load(*pair, root, Progress(1).part)
+        clear_line()
+        if (family, root) not in networks:
+            networks[family, root] = source_network(family, root, args.out, args.device)
         progress.start += time.perf_counter() - paused
-        for _, _, ratio, runs in steps:
+        tuning = family.tuning if root else family.stand_in or family.tuning
+        for _, ratio, runs in ratios:
             rows = []
             for number in range(1, runs + 1):
-                ends_at = progress.done + trainings(methods, source)
-                settings = replace(tuning, seed=args.seed + number - 1)
+                ends_at = progress.done + steps[pair]
+                settings = replace(tuning, seed=args.seed + number - 1, device=args.device)
                 scenario = {
-                    "source": source,
-                    "target": target,
+                    "source": family.source,
+                    "target": pair[1],
                     "ratio": ratio,
                     "run": number,
                     "seed": settings.seed,
                     "data": "real" if root else "built-in",
                 }
-                new, nets = run(scenario, methods, net, domain, settings, progress)
+                net = networks[family, root]
+                new, nets = run(scenario, methods[pair], net, domain, settings, progress)
                 append(new, results)
                 rows += new
                 progress.done = ends_at
             clear_line()
             print_scenario(rows)
     if args.save:
-        method = "flex" if "flex" in nets else methods[-1]
+        method = "flex" if "flex" in nets else [*nets][-1]
         save(nets[method].state_dict(), args.save)
         print(f"\nthe network of {method} is in {args.save}")
 
@@ -605,7 +698,7 @@ def main(argv: list[str] | None = None) -> None:
             print_scenarios(pairs, args.data)
         else:
             run_scenarios(args, pairs)
-    except (UsageError, shifts.DataError, OSError) as error:
+    except (UsageError, shifts.DataError, models.WeightsError, OSError) as error:
         clear_line()
         parse.exit(2, f"{parse.prog}: error: {error}\n")
     except KeyboardInterrupt:
