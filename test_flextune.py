@@ -3,22 +3,27 @@
 They need no network and no data; the whole suite takes about a minute on two cores.
 """
 
+import colorsys
 import copy
 import gzip
 import hashlib
 import http.server
 import io
 import json
+import os
 import re
 import runpy
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
 import threading
 import types
+import zipfile
+import zlib
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -640,17 +645,19 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("name", [*shifts.SHIFTS, ("mnist", "mnist-m")], ids=str)
+@pytest.mark.parametrize("name", shifts.SHIFTS, ids=str)
 def test_every_shift_gives_uint8_images_the_same_for_the_same_seed(name):
     photos = list(shifts.draw_photos(3, generator()))
-    shift = shifts.SHIFTS.get(name, partial(shifts.photo_background, photos=photos))
-    x, _ = shifts.draw_digits(30, generator())
+    shift = shifts.SHIFTS[name]
+    if name[1] == "mnist-m":
+        shift = partial(shift, photos=photos)
+    x, _ = shifts.BUILT_IN[name[0]][0](30, generator())
     before = x.clone()
     a, b, c = (shift(x, draw=generator(seed)) for seed in (0, 0, 1))
     assert a.dtype == torch.uint8 and a.shape == x.shape
     assert torch.equal(x, before) and not torch.equal(a, x)
     assert torch.equal(a, b)
-    drawn = name[1] in ("occluded", "transform-random", "mnist-m")
+    drawn = name[1] in ("occluded", "transform-random", "mnist-m", "noisy")
     assert torch.equal(a, c) != drawn
 
 
@@ -705,6 +712,40 @@ def test_transform_fixed_is_one_map_and_transform_random_is_not():
     assert all(torch.equal(fixed[0], image) for image in fixed)
     drawn = shifts.transform_random(x, generator(), strength=0.77)
     assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_noise_is_gaussian_and_clipped():
+    x = torch.full((300, 3, 8, 8), 128, dtype=torch.uint8)
+    y = shifts.noise(x, generator(), sigma=20).float()
+    assert y.mean().item() == pytest.approx(128, abs=0.5)
+    assert y.std().item() == pytest.approx(20, abs=0.5)
+    assert shifts.noise(x, generator(), sigma=1000).unique().tolist()[:1] == [0]
+
+
+def test_yuv_and_hsv_known_colours():
+    rgb = torch.randint(0, 256, (50, 3, 1, 1), generator=generator(), dtype=torch.uint8)
+    rgb[:5, :, 0, 0] = torch.tensor([[0] * 3, [255] * 3, [255, 0, 0], [0, 0, 255], [255, 255, 0]])
+    for got, (r, g, b) in zip(shifts.hsv(rgb, None)[..., 0, 0], (rgb[..., 0, 0] / 255).tolist()):
+        expected = torch.tensor(colorsys.rgb_to_hsv(r, g, b)) * 255
+        assert (got - expected).abs().max() <= 0.51
+    got = shifts.yuv(rgb, None)[:5, :, 0, 0].tolist()
+    assert got == [[0, 128, 128], [255, 128, 128], [76, 84, 255], [29, 255, 107], [226, 0, 148]]
+
+
+def test_shrink_fills_the_border():
+    x = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    x[..., 4:] = 200  # dark and light half
+    kept = shifts.shrink(x, None, factor=1.0, mirror=True)
+    assert torch.equal(kept, x)
+    mirrored, stretched = (shifts.shrink(x, None, 0.5, mirror)[0, 0, 4] for mirror in (True, False))
+    assert mirrored[2] < 30 and mirrored[5] > 170
+    assert torch.equal(mirrored, mirrored[[3, 2, 2, 3, 4, 5, 5, 4]])
+    assert torch.equal(stretched, stretched[[2, 2, 2, 3, 4, 5, 5, 5]])
+
+
+def test_rotate_is_anti_clockwise():
+    x, _ = shifts.draw_digits(3, generator())
+    assert (shifts.rotate(x, None, 90).int() - x.rot90(1, (2, 3)).int()).abs().max() <= 1
 
 
 def test_mnist_m_is_the_difference_of_patch_and_digit():
@@ -854,7 +895,10 @@ def server():
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             headers, body = pages.get(self.path, ({}, None))
-            self.send_response(404 if body is None else 200)
+            wanted = re.fullmatch(r"bytes=0-(\d+)", self.headers.get("Range", ""))
+            if wanted and headers.get("Accept-Ranges"):
+                body = body[: int(wanted[1]) + 1]
+            self.send_response(404 if body is None else 206 if wanted else 200)
             for name, value in ({"Content-Length": len(body or b"")} | headers).items():
                 self.send_header(name, str(value))
             self.end_headers()
@@ -878,7 +922,7 @@ def test_fetch_gets_the_whole_file_or_none(tmp_path, server):
     seen = []
     path = shifts.fetch(f"{url}/good", tmp_path / "new" / "good", right, lambda *a: seen.append(a))
     assert path.read_bytes() == body
-    assert seen[-1] == ("downloading good", len(body), len(body))
+    assert seen[-1] == ("downloading good, 0 of 0 MiB", len(body), len(body))
     for page, md5, reason in (
         ("good", "0" * 32, f"its MD5 is {right}, not {'0' * 32}"),
         ("cut", None, "ended|IncompleteRead"),
@@ -893,14 +937,240 @@ def test_fetch_gets_the_whole_file_or_none(tmp_path, server):
     assert [path.name for path in tmp_path.rglob("*")] == ["new", "good"]
 
 
+@pytest.mark.parametrize("headers", [{}, {"Accept-Ranges": "bytes"}], ids=["whole", "range"])
+def test_fetch_gets_the_first_bytes(tmp_path, server, headers):
+    pages, url = server
+    body = bytes(range(256)) * 4000
+    pages["/x"] = headers, body
+    assert shifts.fetch(f"{url}/x", tmp_path / "a", first=1000).read_bytes() == body[:1000]
+    assert shifts.fetch(f"{url}/x", tmp_path / "b", first=10**9).read_bytes() == body
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def test_of_quickdraw_only_the_first_rows_are_downloaded(tmp_path, server, monkeypatch):
+    pages, url = server
+    monkeypatch.setattr(shifts, "QUICKDRAW_ROWS", 12)
+    _, files = shifts.FILES["quickdraw"]
+    monkeypatch.setitem(shifts.FILES, "quickdraw", (f"{url}/", files))
+    rng = np.random.default_rng(0)
+    for name in shifts.QUICKDRAW:
+        drawings = npy(rng.integers(0, 256, (50, 784), np.uint8))
+        pages[f"/{name.replace(' ', '%20')}.npy"] = {"Accept-Ranges": "bytes"}, drawings
+    shifts.provide("quickdraw", "noisy", tmp_path)
+    assert {path.name for path in (tmp_path / "quickdraw").iterdir()} == {
+        f"{name}.npy" for name in shifts.QUICKDRAW
+    }
+    assert np.load(tmp_path / "quickdraw" / "cat.npy").shape == (12, 784)
+    domain = shifts.load("quickdraw", None, tmp_path)
+    assert {split: len(y) for split, (_, y) in domain.items()} == {
+        "source": 4 * 9,
+        "pool": 4 * 9,
+        "val": 2 * 9,
+        "test": 2 * 9,
+    }
+    together = torch.cat([x for x, _ in domain.values()])
+    assert together.shape == (12 * 9, 3, 32, 32) and len(together.unique(dim=0)) == 12 * 9
+    assert together[:, :, :2].max() == 0  # a border around 28 x 28
+    (tmp_path / "quickdraw" / "cat.npy").unlink()
+    pages["/cat.npy"] = {}, pages["/cat.npy"][1][:5000]
+    with pytest.raises(shifts.MissingError, match="has no drawings .*ends early"):
+        shifts.provide("quickdraw", "noisy", tmp_path)
+    assert len(list((tmp_path / "quickdraw").iterdir())) == 8
+
+
+@pytest.mark.parametrize(
+    "content",
+    {
+        "empty": b"",
+        "type": npy(np.zeros((9, 784))),
+        "shape": npy(np.zeros((9, 28, 28), np.uint8)),
+        "objects": npy(np.array([{}], object)),
+        "short": npy(np.zeros((9, 784), np.uint8))[:-1],
+        "few": npy(np.zeros((5, 784), np.uint8)),
+        "version": b"\x93NUMPY\x09\x00" + bytes(200),
+    }.items(),
+)
+def test_read_drawings_says_what_is_wrong(tmp_path, content):
+    path = tmp_path / content[0]
+    path.write_bytes(content[1])
+    with pytest.raises(shifts.DataError, match=str(path)):
+        shifts.read_drawings(path)
+
+
+def records(n, seed):
+    """n records of CIFAR-10's binary format, all classes in turn."""
+    content = np.random.default_rng(seed).integers(0, 256, (n, 3073), np.uint8)
+    content[:, 0] = np.arange(n) % 10
+    return content
+
+
+def tar(members):
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as file:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            file.addfile(member, io.BytesIO(content))
+    return archive.getvalue()
+
+
+def test_cifar_is_downloaded_and_split_without_deer(tmp_path, server, monkeypatch):
+    pages, url = server
+    monkeypatch.setattr(shifts, "CIFAR_RECORDS", 20)
+    batches = {name: records(20, seed) for seed, name in enumerate(shifts.CIFAR)}
+    members = {f"cifar-10-batches-bin/{name}": batch.tobytes() for name, batch in batches.items()}
+    body = tar(members | {"cifar-10-batches-bin/../../out.bin": b"", "readme.html": b""})
+    pages["/cifar.tar.gz"] = {}, body
+    _, _, *rest = shifts.ARCHIVES["cifar"]
+    archive = f"{url}/cifar.tar.gz", hashlib.md5(body).hexdigest(), *rest
+    monkeypatch.setitem(shifts.ARCHIVES, "cifar", archive)
+    shifts.provide("cifar", "noisy", tmp_path / "data")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["cifar-10-batches-bin"]
+    domain = shifts.load("cifar", None, tmp_path / "data")
+    assert {split: len(y) for split, (_, y) in domain.items()} == {
+        "source": 36,
+        "pool": 36,
+        "val": 18,
+        "test": 18,
+    }
+    x, y = domain["test"]
+    expected = [c for c in batches["test_batch.bin"] if c[0] != 4]
+    assert torch.equal(x.flatten(1), torch.tensor(np.array(expected)[:, 1:]))
+    assert y.tolist() == [c[0] - (c[0] > 4) for c in expected]
+    train = torch.cat([domain[split][0] for split in ("source", "pool", "val")])
+    assert len(train.unique(dim=0)) == 90
+    path = tmp_path / "data" / "cifar-10-batches-bin" / "data_batch_1.bin"
+    for content in (b"", path.read_bytes()[:-1], bytes([10]) + path.read_bytes()[1:]):
+        path.write_bytes(content)
+        with pytest.raises(shifts.DataError, match="data_batch_1.bin is not 20 images"):
+            shifts.read_cifar(path)
+
+
+def mat(arrays, compressed):
+    """A MATLAB-5 file of uint8 arrays."""
+
+    def element(kind, content):
+        return struct.pack("<II", kind, len(content)) + content + bytes(-len(content) % 8)
+
+    out = b"MATLAB 5.0".ljust(124) + struct.pack("<H", 0x0100) + b"IM"
+    for name, array in arrays.items():
+        small = struct.pack("<HH", 1, len(name)) + name.encode().ljust(4, b"\0")
+        flags, shape = struct.pack("<II", 9, 0), struct.pack(f"<{array.ndim}i", *array.shape)
+        values = element(2, array.tobytes(order="F"))
+        matrix = element(14, element(6, flags) + element(5, shape) + small + values)
+        packed = zlib.compress(matrix)
+        out += struct.pack("<II", 15, len(packed)) + packed if compressed else matrix
+    return out
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_svhn(tmp_path, compressed):
+    (tmp_path / "svhn").mkdir()
+    rng, arrays = np.random.default_rng(0), {}
+    for half, n in (("train", 280), ("test", 70)):
+        x = np.full((32, 32, 3, n), 200, np.uint8)
+        x[:, :, 0] = np.arange(n) % 251
+        arrays = {"X": x, "y": (rng.integers(0, 10, (n, 1)) + 1).astype(np.uint8)}
+        (tmp_path / "svhn" / f"{half}_32x32.mat").write_bytes(mat(arrays, compressed))
+    read = shifts.read_mat(tmp_path / "svhn" / "test_32x32.mat")
+    assert all(np.array_equal(read[name], arrays[name]) for name in ("X", "y"))
+    domain = shifts.load("mnist", "svhn", tmp_path)
+    x, y = domain["test"]
+    assert x.shape == (70, 3, 28, 28) and torch.equal(x[:, 0, 5, 5], torch.arange(70).byte())
+    assert y.tolist() == [label % 10 for label in arrays["y"][:, 0].tolist()]
+    assert {split: len(y) for split, (_, y) in domain.items()} == {
+        "pool": 114,
+        "val": 19,
+        "test": 70,
+    }
+    path = tmp_path / "svhn" / "test_32x32.mat"
+    good = path.read_bytes()
+    wrong = (b"", good[:100], good[:-9], good[:126] + b"??" + good[128:], mat({}, False))
+    for content in (*wrong, mat({"X": arrays["X"], "y": arrays["y"] + 1}, compressed)):
+        path.write_bytes(content)
+        shifts._svhn.cache_clear()
+        with pytest.raises(shifts.DataError, match="test_32x32.mat"):
+            shifts.load("mnist", "svhn", tmp_path)
+
+
+def photo_file(color, size=(30, 20)):
+    file = io.BytesIO()
+    pytest.importorskip("PIL.Image").new("RGB", size, color).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_pacs_is_downloaded_without_persons_in_the_splits(tmp_path, server, monkeypatch):
+    pages, url = server
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for label, name in enumerate([*shifts.PACS_CLASSES, "person"]):
+            for number in range(10):
+                content = photo_file((label * 30, number * 20, 9))
+                archive.writestr(f"Homework3/PACS/sketch/{name}/n0_{number}-1.png", content)
+        archive.writestr("Homework3/PACS/sketch/../x.png", b"")
+    pages["/pacs.zip"] = {}, file.getvalue()
+    for name in shifts.PACS:
+        _, md5, members, folder, _ = shifts.ARCHIVES[name]
+        count = 70 if name == "sketch" else 0
+        monkeypatch.setitem(shifts.ARCHIVES, name, (f"{url}/pacs.zip", md5, members, folder, count))
+    (tmp_path / "inception2.npz").touch()
+    shifts.provide("ilsvrc", "sketch", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["inception2.npz", "pacs"]
+    seen = []
+    domain = shifts.load("ilsvrc", "sketch", tmp_path, lambda *a: seen.append(a))
+    assert seen[-1] == ("reading images, 8 of 8", 8, 8)
+    assert {split: len(y) for split, (_, y) in domain.items()} == {"pool": 48, "val": 4, "test": 8}
+    x, y = (torch.cat(part) for part in zip(*domain.values()))
+    assert x.shape == (60, 3, 224, 224) and len(x[:, :, 0, 0].unique(dim=0)) == 60
+    assert torch.equal(x[:, 0, 100, 100].long(), y * 30)  # dog 0, ..., house 5
+    (tmp_path / "pacs" / "sketch" / "dog" / "n0_1-1.png").write_text("no image")
+    with pytest.raises(shifts.DataError, match="n0_1-1.png cannot be read as an image"):
+        shifts.load("ilsvrc", "sketch", tmp_path)
+    shutil.rmtree(tmp_path / "pacs" / "sketch" / "horse")
+    with pytest.raises(shifts.DataError, match="horse has 0 images"):
+        shifts.load("ilsvrc", "sketch", tmp_path)
+
+
+def test_ilsvrc_has_to_be_put_there(tmp_path):
+    with pytest.raises(shifts.MissingError, match="cannot be downloaded freely.*<wnid>/"):
+        shifts.provide("ilsvrc", "yuv", tmp_path)
+    (tmp_path / "ilsvrc" / "val" / "n01440764").mkdir(parents=True)
+    with pytest.raises(shifts.DataError, match="should have 1000 class folders"):
+        shifts.load("ilsvrc", "yuv", tmp_path)
+
+
+def test_ilsvrc_images_are_split_within_each_class_and_shifted(tmp_path, monkeypatch):
+    content = photo_file((10, 20, 30))
+    for label in range(1000):
+        folder = tmp_path / "ilsvrc" / "val" / f"n{label:08}"
+        folder.mkdir(parents=True)
+        for number in range(5):
+            (folder / f"{number}.JPEG").write_bytes(content)
+    monkeypatch.setattr(shifts, "SIDE", 2)
+    domain = shifts.load("ilsvrc", "hsv", tmp_path)
+    for split, each in {"pool": 2, "val": 1, "test": 2}.items():
+        x, y = domain[split]
+        assert y.bincount().tolist() == [each] * 1000
+        # hue 210 of 360 degrees, saturation 2 / 3, value 30
+        assert (x == torch.tensor([149, 170, 30], dtype=torch.uint8)[:, None, None]).all()
+
+
 def test_mnist_is_downloaded_where_it_is_missing(tmp_path, mnist, server, monkeypatch):
     pages, url = server
     for path in (mnist / "mnist").iterdir():
         raw = gzip.decompress(path.read_bytes()) if path.suffix else path.read_bytes()
         pages[f"/{path.stem if path.suffix else path.name}.gz"] = {}, gzip.compress(raw, mtime=0)
-    sums = {name[1:-3]: hashlib.md5(body).hexdigest() for name, (_, body) in pages.items()}
-    monkeypatch.setattr(shifts, "MNIST", {name: sums[name] for name in shifts.MNIST})
-    monkeypatch.setattr(shifts, "MNIST_URL", f"{url}/")
+    sums = {
+        name: hashlib.md5(pages[name.removeprefix("mnist")][1]).hexdigest()
+        for name in shifts.FILES["mnist"][1]
+    }
+    monkeypatch.setitem(shifts.FILES, "mnist", (f"{url}/", sums))
     expected = shifts.load("mnist", None, mnist)["pool"][0]
     shifts.provide("mnist", "blurry", tmp_path / "new")
     downloaded = shifts.load("mnist", None, tmp_path / "new")
@@ -928,11 +1198,14 @@ def photo_archive(name="BSR/BSDS500/data/images/train/{}.jpg"):
 def test_photos_are_downloaded_and_unpacked(mnist, server, monkeypatch):
     pages, url = server
     pages["/bsds.tgz"] = {}, photo_archive()
-    monkeypatch.setattr(shifts, "BSDS500_URL", f"{url}/bsds.tgz")
-    with pytest.raises(shifts.MissingError, match="should have 200 photos"):
-        shifts.provide("mnist", "mnist-m", mnist)
-    monkeypatch.setattr(shifts, "PHOTOS_COUNT", 2)
-    assert shifts.present("mnist", "mnist-m", mnist) == {"mnist": True, "bsds500": False}
+    _, md5, members, folder, _ = shifts.ARCHIVES["bsds500"]
+    for count in (200, 2):
+        archive = f"{url}/bsds.tgz", md5, members, folder, count
+        monkeypatch.setitem(shifts.ARCHIVES, "bsds500", archive)
+        assert shifts.present("mnist", "mnist-m", mnist) == {"mnist": True, "bsds500": False}
+        if count == 200:
+            with pytest.raises(shifts.MissingError, match="2 of 200 files"):
+                shifts.provide("mnist", "mnist-m", mnist)
     shifts.provide("mnist", "mnist-m", mnist)
     digits = shifts.load("mnist", None, mnist)["test"][0]
     x, _ = shifts.load("mnist", "mnist-m", mnist)["test"]
@@ -948,7 +1221,7 @@ def test_a_broken_photo_and_an_empty_folder(mnist):
     with pytest.raises(shifts.DataError, match="has no .jpg"):
         shifts.load("mnist", "mnist-m", mnist)
     (mnist / "bsds500" / "1.jpg").write_text("no photo")
-    with pytest.raises(shifts.DataError, match="1.jpg cannot be read as a photo"):
+    with pytest.raises(shifts.DataError, match="1.jpg cannot be read as an image"):
         shifts.load("mnist", "mnist-m", mnist)
 
 
@@ -983,7 +1256,7 @@ def pretrained():
 def test_the_4_layer_network_learns_the_built_in_digits_and_every_shift_hurts(pretrained):
     own = flextune.accuracy(pretrained, shifts.load("mnist", None, None)["test"])
     assert own >= 0.97
-    for target in run_all.SOURCES["mnist"].targets:
+    for target in run_all.FAMILIES[0].targets:
         shifted = flextune.accuracy(pretrained, shifts.load("mnist", target, None)["test"])
         assert shifted < own - 0.1, target
 
@@ -995,22 +1268,178 @@ def test_the_4_layer_network_has_4_units():
     assert net(torch.rand(2, 3, 28, 28)).shape == (2, 10)
 
 
+def test_the_7_layer_network_has_7_units():
+    net = models.cifar_net().eval()
+    names = [name for name, _ in net.named_children()]
+    assert names == ["conv1", "conv2", "conv3", "conv4", "conv5", "fc1", "fc2"]
+    assert flextune.candidates(net) == [*range(1, 8)]
+    assert net(torch.rand(2, 3, 32, 32)).shape == (2, 9)
+
+
+# ---------------------------------------------------------------- Inception2
+
+
+def tensornets():
+    """Names and values, in the order of TensorNets' file, of weights that can be drawn again."""
+    rng, weights = np.random.default_rng(0), {}
+    for key, tensor in models.inception2().state_dict().items():
+        *layers, kind = key.split(".")
+        layer = layers[-1]
+        array = tensor.numpy()
+        if kind == "num_batches_tracked":
+            continue
+        if array.ndim == 4:
+            array = array.transpose(2, 3, 1, 0)
+        if layer == "depthwise":
+            array = array.reshape(7, 7, 3, 8)
+        shape = array.T.shape if array.ndim == 2 else array.shape
+        name = {
+            "weight": "weights",
+            "running_mean": "moving_mean",
+            "running_var": "moving_variance",
+        }
+        name = name.get(kind, "beta" if layer == "bn" else "biases")
+        if layer in ("depthwise", "pointwise", "linear"):
+            layers.pop()
+            name = f"{layer}_weights" * (name == "weights" and layer != "linear") or name
+        if name == "moving_variance":
+            array = rng.uniform(0.5, 1.5, shape)
+        elif name in ("moving_mean", "beta", "biases"):
+            array = rng.normal(0, 0.1, shape)
+        else:
+            array = rng.normal(0, (2 / np.prod(shape[:-1])) ** 0.5, shape)
+        weights["/".join([*layers, name])] = array.astype(np.float32)
+    return weights, rng
+
+
+def save_weights(path, weights):
+    values = np.empty(len(weights), object)
+    values[:] = list(weights.values())
+    np.savez(path, names=np.array(list(weights)), values=values)
+
+
+def test_inception2_is_tensornets(tmp_path):
+    """What TensorNets 0.4.6 computes for these weights and images."""
+    weights, rng = tensornets()
+    assert len(weights) == 277 and list(weights)[-1] == "logits/biases"
+    save_weights(tmp_path / "inception2.npz", weights)
+    net = models.load_inception2(tmp_path / "inception2.npz").eval()
+    assert len(net) == 13 and flextune.candidates(net) == [*range(1, 14)]
+    x = torch.from_numpy(rng.uniform(-1, 1, (2, 224, 224, 3)).astype(np.float32))
+    with torch.no_grad():
+        logits = net((x.permute(0, 3, 1, 2) + 1) / 2)
+    expected = torch.tensor(
+        [[2.605820, 10.158383, -1.355881, -5.800961], [2.669776, 10.081590, -1.250955, -5.664542]]
+    )
+    torch.testing.assert_close(logits[:, [0, 1, 499, 999]], expected, rtol=0, atol=1e-4)
+    head = models.pacs_head(net)
+    with torch.no_grad():
+        six = head((x.permute(0, 3, 1, 2) + 1) / 2)
+    torch.testing.assert_close(six[:, 1], logits[:, [101, 385, 386]].mean(1))
+    torch.testing.assert_close(six[:, 4], logits[:, 339])
+
+
+@pytest.mark.parametrize("size", [5, 6, 7, 8, 32, 33])
+@pytest.mark.parametrize("kernel", [3, 7])
+def test_same_padding_is_tensorflows(size, kernel):
+    x = torch.randn(1, 1, size, size + 1, generator=generator())
+    weight = torch.randn(1, 1, kernel, kernel, generator=generator())
+    got = nn.functional.conv2d(models.Same(kernel)(x), weight, stride=2)[0, 0]
+    top, left = (max((-(-n // 2) - 1) * 2 + kernel - n, 0) // 2 for n in x.shape[2:])
+    assert got.shape == tuple(-(-n // 2) for n in x.shape[2:])
+    for row in range(got.shape[0]):
+        for column in range(got.shape[1]):
+            total = 0.0
+            for i in range(kernel):
+                for j in range(kernel):
+                    r, c = row * 2 - top + i, column * 2 - left + j
+                    if 0 <= r < size and 0 <= c <= size:
+                        total += (x[0, 0, r, c] * weight[0, 0, i, j]).item()
+            assert got[row, column].item() == pytest.approx(total, abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [(31, 45), (40, 40), (96, 65)])
+def test_inception2_takes_images_of_any_size(size):
+    net = models.inception2(classes=6, width=0.1).eval()
+    x, shapes = torch.rand(2, 3, *size), []
+    with torch.no_grad():
+        for unit in net:
+            x = unit(x)
+            shapes.append(tuple(x.shape[2:]))
+    halved = [size]
+    for _ in range(5):
+        halved.append(tuple(-(-n // 2) for n in halved[-1]))
+    assert [shapes[unit] for unit in (0, 1, 4, 9)] == halved[2:]
+    assert x.shape == (2, 6)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil",)
+
+
+def test_weights_that_would_run_a_program_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = np.empty(1, object)
+    values[:] = [Evil()]
+    np.savez("evil.npz", names=np.array(["logits/biases"]), values=values)
+    save_weights("few.npz", {"logits/biases": np.zeros(1000, np.float32)})
+    Path("text.npz").write_text("no archive")
+    for name, message in (("evil", "system"), ("few", "277"), ("text", "zip"), ("none", "No such")):
+        with pytest.raises(models.WeightsError, match=message) as caught:
+            models.load_inception2(Path(f"{name}.npz"))
+        assert "\n" not in str(caught.value)
+    assert not Path("evil").exists()
+
+
+def test_statistics_of_the_batch_where_they_are_asked_for(source, train, val):
+    settings = replace(FAST, batch_statistics=True, batch_size=11)
+    result = fine_tune(source, [1, 5], train, val, settings)
+    assert not torch.equal(result.net[0][1].running_mean, source[0][1].running_mean)
+    assert torch.equal(result.net[1][1].running_mean, source[1][1].running_mean)
+    assert result.accuracy == flextune.accuracy(result.net, val, FAST)
+
+
+# ---------------------------------------------------------------- built-in objects
+
+
+@pytest.mark.parametrize(
+    "name", ["cifar", "quickdraw", "ilsvrc", "art", "cartoon", "sketch", "svhn"]
+)
+def test_built_in_images_are_the_same_every_time_and_balanced(name):
+    draw, sizes = shifts.BUILT_IN[name]
+    (a, y), (b, _) = (draw(180, generator(3)) for _ in range(2))
+    assert torch.equal(a, b) and a.dtype == torch.uint8 and a.dim() == 4
+    assert len(set(y.bincount().tolist())) == 1
+    assert len(a.unique(dim=0)) == 180
+    classes = len(y.unique())
+    for (source, target), family in run_all.SCENARIOS.items():
+        if name in (source, target):  # the paper's largest ratio
+            assert family.ratios[-1] * classes <= sizes["pool"]
+
+
 # ---------------------------------------------------------------- command line
+
+
+@cache
+def few_images(name):
+    """A built-in domain, smaller."""
+    draw, sizes = shifts.BUILT_IN[name]
+    return {split: draw(300 if split == "pool" else 120, generator()) for split in sizes}
 
 
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
     """Runs the command line in an empty folder, with short trainings and few images."""
-    source = replace(
-        run_all.SOURCES["mnist"],
-        pretraining=Settings(max_epochs=1),
-        tuning=Settings(max_epochs=2, check_every=1),
-    )
-    small = {
-        split: (x[:300], y[:300]) for split, (x, y) in shifts.load("mnist", None, None).items()
-    }
-    monkeypatch.setattr(shifts, "_builtin_digits", lambda: small)
-    monkeypatch.setitem(run_all.SOURCES, "mnist", source)
+    for pair, family in run_all.SCENARIOS.items():
+        short = replace(
+            family,
+            pretraining=replace(family.pretraining, max_epochs=1),
+            tuning=replace(family.tuning, max_epochs=2, check_every=1),
+            stand_in=Settings(max_epochs=2, check_every=1),
+        )
+        monkeypatch.setitem(run_all.SCENARIOS, pair, short)
+    monkeypatch.setattr(shifts, "_builtin", few_images)
     monkeypatch.setattr(shifts, "fetch", no_network)
     monkeypatch.chdir(tmp_path)
     return lambda command: run_all.main(f"--device cpu {command}".split())
@@ -1059,6 +1488,34 @@ def test_every_method_from_start_to_finish(quick, capsys):
     assert by["flex"]["candidates"]["all"]["test"] == by["ft-all"]["test"]
     assert by["fast-flex"]["proxies"].keys() == {"1", "2", "3", "4"}
     assert by["source"]["val"] == by["flex"]["history"][0][1]
+
+
+SMALL_RATIOS = [
+    (pair, ratio)
+    for pair, family in run_all.SCENARIOS.items()
+    for ratio in range(1, len(family.ratios) + 1)
+]
+
+
+def test_there_are_72_scenarios():
+    assert len(SMALL_RATIOS) == 72
+
+
+@pytest.mark.parametrize("pair", run_all.SCENARIOS, ids=" to ".join)
+def test_every_scenario_runs(quick, pair):
+    """As many ratios as the paper has, smaller ones; the larger networks with cheap methods."""
+    ratios = [str(ratio) for other, ratio in SMALL_RATIOS if other == pair]
+    source, target = pair
+    methods = "--methods source ft-fc-1" * (source != "mnist")
+    command = f"--source {source} --target {target} --ratio {' '.join(ratios)} --runs 1"
+    quick(f"{command} --data builtin {methods}")
+    assert len(results()) == len(ratios) * (2 if methods else 8)
+
+
+def test_every_method_on_inception2(quick, capsys):
+    quick("--target sketch --ratio 1 --runs 1 --data builtin --methods flex ft-ss")
+    assert "13 logits, scales" in capsys.readouterr().out
+    assert results()[1]["candidates"].keys() == {*map(str, range(1, 14)), "all"}
 
 
 def row(method, run, val, source=0.5, **more):
@@ -1127,7 +1584,7 @@ def test_results_are_appended_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_each_network_is_trained_once_and_charged_to_each_method(quick, monkeypatch):
-    quick("--target blurry --ratio 3 --runs 1 --data builtin --methods source")
+    quick("--source mnist --target blurry --ratio 3 --runs 1 --data builtin --methods source")
     trained = []
 
     def counted(net, units, *rest):
@@ -1135,7 +1592,7 @@ def test_each_network_is_trained_once_and_charged_to_each_method(quick, monkeypa
         return fine_tune(net, units, *rest)
 
     monkeypatch.setattr(flextune, "fine_tune", counted)
-    quick("--target blurry --ratio 3 --runs 1 --data builtin")
+    quick("--source mnist --target blurry --ratio 3 --runs 1 --data builtin")
     assert sorted(map(str, trained)) == ["1", "2", "3", "[3, 4]", "[4]", "all", "all", "all"]
     by = {row["method"]: row for row in results()[1:]}
     candidates = by["flex"]["candidates"]
@@ -1145,7 +1602,7 @@ def test_each_network_is_trained_once_and_charged_to_each_method(quick, monkeypa
 
 def test_the_saved_network_has_the_reported_accuracy(quick, capsys):
     quick(
-        "--target blurry --ratio 3 --runs 1 --data builtin --methods flex source --save new/net.pt"
+        "--source mnist --target blurry --ratio 3 --runs 1 --data builtin --methods flex source --save new/net.pt"
     )
     net = models.mnist_net()
     net.load_state_dict(torch.load("new/net.pt", weights_only=True))
@@ -1156,7 +1613,7 @@ def test_the_saved_network_has_the_reported_accuracy(quick, capsys):
 
 
 def test_the_source_network_is_kept_and_a_broken_one_replaced(quick, capsys, monkeypatch):
-    command = "--target blurry --ratio 3 --runs 1 --data builtin --methods source"
+    command = "--source mnist --target blurry --ratio 3 --runs 1 --data builtin --methods source"
     kept = Path("results/source-mnist-builtin.pt")
     quick(command)
     content = kept.read_bytes()
@@ -1168,14 +1625,15 @@ def test_the_source_network_is_kept_and_a_broken_one_replaced(quick, capsys, mon
     assert "cannot be read: the source network is trained anew" in capsys.readouterr().err
     first, *others = (row["test"] for row in results())
     assert others == [first, first]
-    longer = replace(run_all.SOURCES["mnist"], pretraining=Settings(max_epochs=2))
-    monkeypatch.setitem(run_all.SOURCES, "mnist", longer)
+    family = run_all.SCENARIOS["mnist", "blurry"]
+    longer = replace(family, pretraining=Settings(max_epochs=2))
+    monkeypatch.setitem(run_all.SCENARIOS, ("mnist", "blurry"), longer)
     quick(command)  # other settings, another network
     assert results()[-1]["test"] != first
 
 
 def test_without_data_and_network_the_built_in_digits_are_announced(quick, capsys):
-    quick("--target blurry --ratio 3 --runs 1 --methods source")
+    quick("--source mnist --target blurry --ratio 3 --runs 1 --methods source")
     out = capsys.readouterr().out
     assert "train-images-idx3-ubyte.gz is missing" in out and "***" in out
     assert out.count("BUILT-IN DATA") == 2
@@ -1183,45 +1641,52 @@ def test_without_data_and_network_the_built_in_digits_are_announced(quick, capsy
 
 
 def test_with_data_named_what_is_missing_is_an_error(quick, capsys):
-    line = fails(capsys, lambda: quick("--target blurry --ratio 3 --data there"))
+    line = fails(capsys, lambda: quick("--source mnist --target blurry --ratio 3 --data there"))
     assert re.search(r"error: there/mnist/train-images.*is missing, and downloading", line)
 
 
 def test_real_data_are_shown_beside_the_paper(quick, capsys, mnist):
-    quick(f"--target blurry --ratio 3 30 --runs 1 --methods source ft-all --data {mnist}")
+    quick(
+        f"--source mnist --target blurry --ratio 3 30 --runs 1 --methods source ft-all --data {mnist}"
+    )
     out = capsys.readouterr().out
     assert "BUILT-IN" not in out and out.count("real data") == 2
     lines = [line.split() for line in out.splitlines() if line.startswith(("source ", "ft-all"))]
     assert [line[4:-2] for line in lines] == [["0.748"], ["not", "published"], ["0.748"], ["0.921"]]
-    assert fails(capsys, lambda: quick(f"--target blurry --ratio 31 --data {mnist}")).endswith("30")
+    assert fails(
+        capsys, lambda: quick(f"--source mnist --target blurry --ratio 31 --data {mnist}")
+    ).endswith("30")
 
 
 def test_list_shows_every_scenario_and_its_data(quick, capsys, mnist):
     quick(f"--list --data {mnist}")
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 1 + 20
     assert re.search("mnist +4-layer +blurry +3 30 300 3000 +top-1 +mnist there", lines[1])
     assert any(line.endswith("mnist there, bsds500 missing") for line in lines)
     quick("--list --data builtin")
-    assert capsys.readouterr().out.count("built-in images there") == 5
+    assert capsys.readouterr().out.count("built-in images there") == 20
 
 
 @pytest.mark.parametrize(
     "command, message",
     [
         ("--target sketchy", "unknown target sketchy: choose from blurry, occluded"),
-        ("--target blurry --ratio 0", "argument --ratio: must be at least 1, not 0"),
-        ("--target blurry --ratio many", "argument --ratio: invalid"),
-        ("--target blurry --runs -1", "argument --runs: must be at least 1, not -1"),
+        ("--source mnist --target blurry --ratio 0", "argument --ratio: must be at least 1, not 0"),
+        ("--source mnist --target blurry --ratio many", "argument --ratio: invalid"),
+        ("--source mnist --target blurry --runs -1", "argument --runs: must be at least 1, not -1"),
         ("--source imagenet", "argument --source: invalid choice"),
         ("--methods magic", "argument --methods: invalid choice"),
         ("--device toaster", "argument --device: toaster: "),
         ("--device meta", "argument --device: meta: neither cpu nor cuda"),
-        ("--target blurry --ratio 4000 --data builtin", "the largest that 300 images"),
-        ("--target blurry --ratio 3 --save x", "--save keeps one network"),
-        ("--target blurry --ratio 30 --save .", "is a folder"),
-        ("--target blurry --ratio 30 --save /dev/null/x", "/dev/null"),
-        ("--target blurry --ratio 30 --out /dev/null/x", "/dev/null"),
+        (
+            "--source mnist --target blurry --ratio 4000 --data builtin",
+            "the largest that 300 images",
+        ),
+        ("--source mnist --target blurry --ratio 3 --save x", "--save keeps one network"),
+        ("--source mnist --target blurry --ratio 30 --save .", "is a folder"),
+        ("--source mnist --target blurry --ratio 30 --save /dev/null/x", "/dev/null"),
+        ("--source mnist --target blurry --ratio 30 --out /dev/null/x", "/dev/null"),
         ("--nonsense", "unrecognized arguments: --nonsense"),
     ],
 )
@@ -1229,10 +1694,8 @@ def test_usage_errors_are_one_line(quick, capsys, command, message):
     assert message in fails(capsys, lambda: quick(command))
 
 
-def test_a_target_of_several_sources_needs_the_source(quick, capsys, monkeypatch):
-    monkeypatch.setitem(run_all.SOURCES, "cifar", run_all.SOURCES["mnist"])
-    run_all.unit_names.cache_clear()
-    message = "target blurry needs --source: mnist or cifar"
+def test_a_target_of_several_sources_needs_the_source(quick, capsys):
+    message = "target blurry needs --source: mnist or cifar or quickdraw"
     assert message in fails(capsys, lambda: quick("--target blurry"))
     quick("--source cifar --target blurry --list")
 
@@ -1242,7 +1705,7 @@ def test_ctrl_c_ends_with_130(quick, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run_all, "run", interrupted)
-    command = "--target blurry --ratio 3 --data builtin --methods flex"
+    command = "--source mnist --target blurry --ratio 3 --data builtin --methods flex"
     with pytest.raises(SystemExit) as caught:
         quick(command)
     assert caught.value.code == 130
