@@ -312,8 +312,8 @@ SHIFTS = {
     ("mnist", "mnist-m"): photo_background,  # 0.450, 0.439; it has no strength
     ("mnist", "transform-random"): partial(transform_random, strength=0.77),  # 0.321, 0.322
     ("mnist", "transform-fixed"): partial(transform_fixed, angle=70),  # 0.159, 0.160
-    ("cifar", "noisy"): partial(noise, sigma=34),  # 0.539, 0.540
-    ("cifar", "blurry"): partial(blur, sigma=1.44),  # 0.324, 0.324
+    ("cifar", "noisy"): partial(noise, sigma=34),  # 0.532, 0.540
+    ("cifar", "blurry"): partial(blur, sigma=1.44),  # 0.320, 0.324
     ("quickdraw", "noisy"): partial(noise, sigma=100),
     ("quickdraw", "blurry"): partial(blur, sigma=4.5),
     ("ilsvrc", "yuv"): yuv,
