@@ -226,8 +226,8 @@ def fine_tune(
     `units` is a number from 1 to L, several of them, or "all". The state with the best validation
     is returned, the source network not being one of them; with a number of `epochs`, the last
     state. In the units every parameter is trained, whatever its `requires_grad`, and BatchNorm
-    keeps its statistics unless the settings say otherwise. All else is frozen: parameters and buffers stay as they are, dropout is
-    off. Protocol of section 5.1.
+    keeps its statistics unless the settings say otherwise. All else is frozen: parameters and
+    buffers stay as they are, dropout is off. Protocol of section 5.1.
     `report(epoch, accuracy)` is called after each validation.
 
     Raises ValueError for a network, units or data that cannot be worked with.

@@ -127,6 +127,8 @@ def subsample(data: Data, ratio: int, seed: int) -> Data:
             f"ratio {ratio} needs {total} images; the largest that {pool_size} images of "
             f"{classes} classes allow is {pool_size // classes}"
         )
+    if total == pool_size:  # no second copy of a large pool
+        return data
     share = pool * total / pool_size
     counts = share.long().clamp(min=1).minimum(pool)
     while counts.sum() != total:  # the class that is furthest from its share gives or takes one
@@ -711,25 +713,19 @@ def _ilsvrc(root: Path, report: Report, shift=lambda x: x) -> dict[str, Data]:
         raise DataError(
             f"{folder} should have 1000 class folders, <wnid>/*.JPEG: it has {len(classes)}"
         )
-    paths, y = _image_folder(folder, classes, at_least=5)
+    paths, y = _image_folder(folder, classes)
     numbers = [(y == label).nonzero()[:, 0] for label in range(len(classes))]
     each = [_parts((n, y[n]), name, pool=25, val=5, test=20) for n, name in zip(numbers, classes)]
-    return {
-        split: (_read_images([paths[n] for n in numbers], 0.875, report, shift), labels)
-        for split, (numbers, labels) in _joined(each).items()
-    }
+    return _read_splits(_joined(each), paths, 0.875, report, shift)
 
 
 def _pacs(root: Path, report: Report, name: str) -> dict[str, Data]:
     """A domain of PACS: 1,200 images as pool, of the rest a third to validate."""
-    paths, y = _image_folder(root / ARCHIVES[name][3], PACS_CLASSES, at_least=5)
+    paths, y = _image_folder(root / ARCHIVES[name][3], PACS_CLASSES)
     pool = min(1200, len(y) * 4 // 5)
     val = (len(y) - pool) // 3
     parts = _parts((torch.arange(len(y)), y), name, pool=pool, val=val, test=len(y) - pool - val)
-    return {
-        split: (_read_images([paths[n] for n in numbers], 1, report), labels)
-        for split, (numbers, labels) in parts.items()
-    }
+    return _read_splits(parts, paths, 1, report)
 
 
 def _joined(domains: list[dict[str, Data]]) -> dict[str, Data]:
@@ -740,24 +736,30 @@ def _joined(domains: list[dict[str, Data]]) -> dict[str, Data]:
     }
 
 
-def _image_folder(folder: Path, classes, at_least: int) -> tuple[list[Path], torch.Tensor]:
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png")
+
+
+def _image_folder(folder: Path, classes) -> tuple[list[Path], torch.Tensor]:
     """The images of each class, folder/class/*, and their labels."""
     paths, labels = [], []
     for label, name in enumerate(classes):
         found = [path for path in (folder / name).glob("*") if path.suffix.lower() in IMAGE_ENDINGS]
-        if len(found) < at_least:
-            raise DataError(
-                f"{folder / name} has {len(found)} images: put {at_least} or more there"
-            )
+        if len(found) < 5:  # a split of the class would be empty
+            raise DataError(f"{folder / name} has {len(found)} images: put 5 or more there")
         paths += sorted(found)
         labels += [label] * len(found)
     return paths, torch.tensor(labels)
 
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png")
+def _read_splits(splits, paths: list[Path], crop: float, report: Report, shift=lambda x: x):
+    """A domain, of splits that have the numbers of paths in the place of images."""
+    return {
+        split: (_read_images([paths[n] for n in numbers], crop, report, shift), labels)
+        for split, (numbers, labels) in splits.items()
+    }
 
 
-def _read_images(paths: list[Path], crop: float, report: Report, shift=lambda x: x) -> torch.Tensor:
+def _read_images(paths: list[Path], crop: float, report: Report, shift) -> torch.Tensor:
     """The centre squares, `crop` times as large as the shorter side, at 224 x 224 pixels."""
 
     def read(path):

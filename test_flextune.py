@@ -1138,6 +1138,7 @@ def test_pacs_is_downloaded_without_persons_in_the_splits(tmp_path, server, monk
 
 
 def test_ilsvrc_has_to_be_put_there(tmp_path):
+    pytest.importorskip("PIL")
     with pytest.raises(shifts.MissingError, match="cannot be downloaded freely.*<wnid>/"):
         shifts.provide("ilsvrc", "yuv", tmp_path)
     (tmp_path / "ilsvrc" / "val" / "n01440764").mkdir(parents=True)
