@@ -276,6 +276,7 @@ def run(scenario: dict, methods, net, domain, settings: Settings, progress: Prog
 
     rows, nets = [], {}
     for method in methods:
+        progress.show(f"{title}: {method}")
         outcome = METHODS[method](net, train, domain["val"], settings=settings, tune=tune)
         row = scenario | {"method": method, "images": len(train[1]), "settings": asdict(settings)}
         if isinstance(outcome, flextune.Selection):
