@@ -217,7 +217,8 @@ def load_inception2(path: Path) -> nn.Sequential:
     try:
         with zipfile.ZipFile(path) as file:
             names, values = (_object_array(file, f"{name}.npy") for name in ("names", "values"))
-        arrays = {_key(str(name)): _tensor(str(name), a) for name, a in zip(names, values)}
+        names = [name.split(":")[0] for name in names.astype(str)]  # as bytes, or with :0, too
+        arrays = {_key(name): _tensor(name, array) for name, array in zip(names, values)}
     except Exception as error:  # a broken pickle may raise anything
         raise WeightsError(f"{path} cannot be read ({error!r}): delete it") from error
     net = inception2()
@@ -236,7 +237,7 @@ def _object_array(file: zipfile.ZipFile, name: str) -> np.ndarray:
         read = getattr(np.lib.format, "read_array_header_{}_{}".format(*version))
         if read(array)[2].hasobject:
             return _Unpickler(array, encoding="latin1").load()  # as Python 2 wrote them, too
-    with file.open(name) as array:
+        array.seek(0)
         return np.lib.format.read_array(array, allow_pickle=False)
 
 

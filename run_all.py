@@ -651,15 +651,20 @@ def run_scenarios(args, pairs: list[tuple[str, str]]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     append([], results)
+    if args.data != "builtin":
+        for pair in pairs:
+            shifts.check(*pair)
     roots, networks = {pair: locate(*pair, args.data) for pair in pairs}, {}
     methods = {pair: methods_of(SCENARIOS[pair], args.methods) for pair in pairs}
     steps = {pair: trainings(methods[pair], SCENARIOS[pair]) for pair in pairs}
     progress = Progress(sum(runs * steps[pair] for pair, _, runs in plan))
     for pair, ratios in itertools.groupby(plan, key=lambda step: step[0]):
         paused, root, family = time.perf_counter(), roots[pair], SCENARIOS[pair]
+        ratios = list(ratios)
         domain = None  # before the next: one in memory at a time
         domain = shifts.load(*pair, root, Progress(1).part)
         clear_line()
+        shifts.subsample(domain["pool"], max(ratio for _, ratio, _ in ratios), seed=0)  # can it be?
         if (family, root) not in networks:
             networks[family, root] = source_network(family, root, args.out, args.device)
         progress.start += time.perf_counter() - paused

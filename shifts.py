@@ -57,7 +57,7 @@ def needs(source: str, target: str) -> list[str]:
     """The data sets of a scenario, of FILES and ARCHIVES; what cannot be downloaded first."""
     names = {"ilsvrc": ["inception2"]}.get(source, [source])
     if target in NATURAL:
-        names.append({"art": "art_painting"}.get(target, target))
+        names.append(target)
     elif source == "ilsvrc":
         names.insert(0, "ilsvrc")
     elif target == "mnist-m":
@@ -70,13 +70,15 @@ def present(source: str, target: str, root: Path) -> dict[str, bool]:
     return {name: _there(name, root) for name in needs(source, target)}
 
 
-def provide(source: str, target: str, root: Path, report: Report = silent) -> None:
-    """Download to `root` what a scenario needs and is not there.
-
-    Raises MissingError where that fails, and DataError if the images could not be read anyway.
-    """
+def check(source: str, target: str) -> None:
+    """Raises DataError where Pillow is needed and missing: before anything is downloaded."""
     if {"bsds500", "ilsvrc", *PACS} & set(needs(source, target)):
-        _pillow()  # before anything is downloaded
+        _pillow()
+
+
+def provide(source: str, target: str, root: Path, report: Report = silent) -> None:
+    """Download to `root` what a scenario needs and is not there. Raises MissingError, or as `check`."""
+    check(source, target)
     for name, there in present(source, target, root).items():
         if not there:
             _download(name, root, report)
@@ -108,7 +110,7 @@ def _domain(name: str, root: Path | None, report: Report) -> dict[str, Data]:
         return _builtin(name)
     if name == "ilsvrc":
         return _ilsvrc(root, report)
-    if name in ("art", "cartoon", "sketch"):
+    if name in PACS:
         return _pacs(root, report, name)
     return {"mnist": _mnist, "svhn": _svhn, "cifar": _cifar, "quickdraw": _quickdraw}[name](root)
 
@@ -193,15 +195,15 @@ def noise(x: torch.Tensor, draw: torch.Generator, sigma: float) -> torch.Tensor:
 def transform_random(x: torch.Tensor, draw: torch.Generator, strength: float) -> torch.Tensor:
     """An affine map drawn for each image.
 
-    With strength 1: up to 90 degrees, shear 0.5, 0.7 to 1.4 times the size, and a quarter of the
-    image, all of them either way.
+    With strength 1: up to 90 degrees, shear 0.5, 0.7 to 1.4 times the size, and a move by a quarter
+    of the image before that, all of them either way.
     """
     angle, shear, zoom, *move = (_uniform(len(x), draw, strength) for _ in range(5))
     return affine(x, angle * math.pi / 2, shear * 0.5, 2 ** (zoom * 0.5), [m * 0.25 for m in move])
 
 
 def transform_fixed(x: torch.Tensor, draw: torch.Generator, angle: float) -> torch.Tensor:
-    """One affine map for all: `angle` degrees, shear 0.25, 0.8 times the size, a small move."""
+    """One affine map for all: a small move, then `angle` degrees, shear 0.25, 0.8 times the size."""
     one = torch.ones(1)
     return affine(x, one * math.radians(angle), one * 0.25, one * 0.8, [one * 0.05, one * 0.05])
 
@@ -262,7 +264,7 @@ def affine(x: torch.Tensor, angle, shear, zoom, move) -> torch.Tensor:
     """Rotate anti-clockwise, shear, scale and move each image; black outside, bilinear inside.
 
     `angle` (radians), `shear`, `zoom` and the pair `move` (in widths and heights of the image,
-    before the rotation) are each [N], or [1] for all images.
+    before all else) are each [N], or [1] for all images.
     """
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
     rows = [cos, -sin + shear * cos, -2 * move[0], sin, cos + shear * sin, -2 * move[1]]
@@ -356,7 +358,11 @@ FILES = {  # data set: from where, and its files with their MD5 where it is know
         {"inception2.npz": "0476b876a5d35a99e2747f98248d856d"},
     ),
 }
-PACS = {"art_painting": 2048, "cartoon": 2344, "sketch": 3929}  # domain: images, with persons
+PACS = {  # domain: its folder, and the number of its images, persons included
+    "art": ("art_painting", 2048),
+    "cartoon": ("cartoon", 2344),
+    "sketch": ("sketch", 3929),
+}
 PACS_URL = (
     "https://github.com/MachineLearning2020/Homework3-PACS/archive/"
     "d586a6cf3db84896fb6cc465c7bf51bdaf6d65d8.zip"
@@ -365,16 +371,20 @@ ARCHIVES = {  # data set: archive, its MD5, which of its members go to which fol
     "cifar": (
         "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
         "c32a1d4ab5d03f1284b67883e8d87530",
-        *(r"cifar-10-batches-bin/(\w+\.bin)", "cifar-10-batches-bin", 6),
+        r"cifar-10-batches-bin/(\w+\.bin)",
+        "cifar-10-batches-bin",
+        6,
     ),
     "bsds500": (
         "http://www.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/BSR/BSR_bsds500.tgz",
         None,
-        *(r"BSR/BSDS500/data/images/train/(\w+\.jpg)", "bsds500", 200),
+        r"BSR/BSDS500/data/images/train/(\w+\.jpg)",
+        "bsds500",
+        200,
     ),
 } | {
-    name: (PACS_URL, None, rf".*/{name}/(\w+/[\w-]+\.(?:jpg|png))", f"pacs/{name}", count)
-    for name, count in PACS.items()
+    name: (PACS_URL, None, rf".*/{folder}/(\w+/[\w-]+\.(?:jpg|png))", f"pacs/{folder}", count)
+    for name, (folder, count) in PACS.items()
 }
 TIMEOUT = 5  # seconds without an answer that end a download
 
@@ -469,14 +479,19 @@ def fetch(
 def _fetch_drawings(url: str, path: Path, report: Report) -> None:
     """The first rows of a file of QuickDraw (100 MB), as a file of their own. MissingError."""
     head = path.with_name(f"{path.name}.{os.getpid()}.head")
+    rows = head.with_suffix(".npy")
     fetch(url, head, None, report, path, first=QUICKDRAW_ROWS * 784 + 1024)  # 1024: its header
     try:
-        np.save(head.with_suffix(".npy"), read_drawings(head))
-        head.with_suffix(".npy").replace(path)
+        np.save(rows, read_drawings(head))
+        rows.replace(path)
     except (DataError, OSError) as error:
-        raise MissingError(f"{url} has no drawings ({error}): put {path} there") from error
+        raise MissingError(
+            f"{path} is missing, and what {url} sent was of no use ({error.__cause__ or error}): "
+            "put it there"
+        ) from error
     finally:
         head.unlink()
+        rows.unlink(missing_ok=True)
 
 
 def _unpack(archive: Path, members: str, folder: Path, count: int, url: str) -> None:
@@ -551,9 +566,9 @@ def read_cifar(path: Path) -> Data:
     try:
         records = np.frombuffer(path.read_bytes(), np.uint8)
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error}): delete it") from error
+        raise DataError(f"{path} cannot be read ({error}): delete its folder") from error
     if len(records) != CIFAR_RECORDS * 3073 or records[::3073].max() > 9:
-        raise DataError(f"{path} is not {CIFAR_RECORDS} images of CIFAR-10: delete it")
+        raise DataError(f"{path} is not {CIFAR_RECORDS} images of CIFAR-10: delete its folder")
     records = torch.from_numpy(records.reshape(-1, 3073).copy())
     return records[:, 1:].unflatten(1, (3, 32, 32)), records[:, 0].long()
 
@@ -572,7 +587,7 @@ def read_drawings(path: Path) -> np.ndarray:
         if len(values) < rows * 784 or rows < 6:
             raise ValueError("it ends early, or has fewer than 6 drawings")
         return np.frombuffer(values, np.uint8).reshape(rows, 784)
-    except (OSError, ValueError, AttributeError) as error:
+    except Exception as error:  # NumPy parses the header as Python: anything may come of it
         raise DataError(f"{path} cannot be read ({error}): delete it") from error
 
 
@@ -644,7 +659,9 @@ def _digits(x: torch.Tensor, y: torch.Tensor, root: Path) -> Data:
 def _svhn(root: Path) -> dict[str, Data]:
     """SVHN: of its 73,257 training images 30,000 as target pool, 5,000 for validation."""
     train, test = (_house_numbers(root / file) for file in FILES["svhn"][1])
-    return _parts(train, "svhn", pool=30000, val=5000, unused=38257) | {"test": test}
+    parts = _parts(train, "svhn", pool=30000, val=5000, unused=38257)
+    del parts["unused"]
+    return parts | {"test": test}
 
 
 def _house_numbers(path: Path) -> Data:
@@ -708,7 +725,7 @@ def _ilsvrc(root: Path, report: Report, shift=lambda x: x) -> dict[str, Data]:
     They are shifted while they are read: not every memory holds two copies of 50,000.
     """
     folder = root / "ilsvrc" / "val"
-    classes = sorted(path.name for path in folder.glob("*/"))
+    classes = sorted(path.name for path in folder.glob("*") if path.is_dir())
     if len(classes) != 1000:
         raise DataError(
             f"{folder} should have 1000 class folders, <wnid>/*.JPEG: it has {len(classes)}"

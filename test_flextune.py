@@ -719,7 +719,8 @@ def test_noise_is_gaussian_and_clipped():
     y = shifts.noise(x, generator(), sigma=20).float()
     assert y.mean().item() == pytest.approx(128, abs=0.5)
     assert y.std().item() == pytest.approx(20, abs=0.5)
-    assert shifts.noise(x, generator(), sigma=1000).unique().tolist()[:1] == [0]
+    y = shifts.noise(x, generator(), sigma=1000)
+    assert ((y == 0) | (y == 255)).float().mean() > 0.8
 
 
 def test_yuv_and_hsv_known_colours():
@@ -978,7 +979,7 @@ def test_of_quickdraw_only_the_first_rows_are_downloaded(tmp_path, server, monke
     assert together[:, :, :2].max() == 0  # a border around 28 x 28
     (tmp_path / "quickdraw" / "cat.npy").unlink()
     pages["/cat.npy"] = {}, pages["/cat.npy"][1][:5000]
-    with pytest.raises(shifts.MissingError, match="has no drawings .*ends early"):
+    with pytest.raises(shifts.MissingError, match="was of no use .*ends early.*put it there"):
         shifts.provide("quickdraw", "noisy", tmp_path)
     assert len(list((tmp_path / "quickdraw").iterdir())) == 8
 
@@ -993,6 +994,7 @@ def test_of_quickdraw_only_the_first_rows_are_downloaded(tmp_path, server, monke
         "short": npy(np.zeros((9, 784), np.uint8))[:-1],
         "few": npy(np.zeros((5, 784), np.uint8)),
         "version": b"\x93NUMPY\x09\x00" + bytes(200),
+        "header": npy(np.zeros((9, 784), np.uint8)).replace(b"}", b"("),
     }.items(),
 )
 def test_read_drawings_says_what_is_wrong(tmp_path, content):
@@ -1105,36 +1107,38 @@ def photo_file(color, size=(30, 20)):
     return file.getvalue()
 
 
-def test_pacs_is_downloaded_without_persons_in_the_splits(tmp_path, server, monkeypatch):
+@pytest.mark.parametrize("target", shifts.PACS)
+def test_pacs_is_downloaded_without_persons_in_the_splits(tmp_path, server, monkeypatch, target):
+    folder = {"art": "art_painting"}.get(target, target)
     pages, url = server
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         for label, name in enumerate([*shifts.PACS_CLASSES, "person"]):
             for number in range(10):
                 content = photo_file((label * 30, number * 20, 9))
-                archive.writestr(f"Homework3/PACS/sketch/{name}/n0_{number}-1.png", content)
-        archive.writestr("Homework3/PACS/sketch/../x.png", b"")
+                archive.writestr(f"Homework3/PACS/{folder}/{name}/n0_{number}-1.png", content)
+        archive.writestr(f"Homework3/PACS/{folder}/../x.png", b"")
     pages["/pacs.zip"] = {}, file.getvalue()
     for name in shifts.PACS:
-        _, md5, members, folder, _ = shifts.ARCHIVES[name]
-        count = 70 if name == "sketch" else 0
-        monkeypatch.setitem(shifts.ARCHIVES, name, (f"{url}/pacs.zip", md5, members, folder, count))
+        _, *rest, _ = shifts.ARCHIVES[name]
+        count = 70 if name == target else 0
+        monkeypatch.setitem(shifts.ARCHIVES, name, (f"{url}/pacs.zip", *rest, count))
     (tmp_path / "inception2.npz").touch()
-    shifts.provide("ilsvrc", "sketch", tmp_path)
+    shifts.provide("ilsvrc", target, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["inception2.npz", "pacs"]
     seen = []
-    domain = shifts.load("ilsvrc", "sketch", tmp_path, lambda *a: seen.append(a))
+    domain = shifts.load("ilsvrc", target, tmp_path, lambda *a: seen.append(a))
     assert seen[-1] == ("reading images, 8 of 8", 8, 8)
     assert {split: len(y) for split, (_, y) in domain.items()} == {"pool": 48, "val": 4, "test": 8}
     x, y = (torch.cat(part) for part in zip(*domain.values()))
     assert x.shape == (60, 3, 224, 224) and len(x[:, :, 0, 0].unique(dim=0)) == 60
     assert torch.equal(x[:, 0, 100, 100].long(), y * 30)  # dog 0, ..., house 5
-    (tmp_path / "pacs" / "sketch" / "dog" / "n0_1-1.png").write_text("no image")
+    (tmp_path / "pacs" / folder / "dog" / "n0_1-1.png").write_text("no image")
     with pytest.raises(shifts.DataError, match="n0_1-1.png cannot be read as an image"):
-        shifts.load("ilsvrc", "sketch", tmp_path)
-    shutil.rmtree(tmp_path / "pacs" / "sketch" / "horse")
+        shifts.load("ilsvrc", target, tmp_path)
+    shutil.rmtree(tmp_path / "pacs" / folder / "horse")
     with pytest.raises(shifts.DataError, match="horse has 0 images"):
-        shifts.load("ilsvrc", "sketch", tmp_path)
+        shifts.load("ilsvrc", target, tmp_path)
 
 
 def test_ilsvrc_has_to_be_put_there(tmp_path):
@@ -1313,10 +1317,10 @@ def tensornets():
     return weights, rng
 
 
-def save_weights(path, weights):
+def save_weights(path, weights, kind="U"):
     values = np.empty(len(weights), object)
     values[:] = list(weights.values())
-    np.savez(path, names=np.array(list(weights)), values=values)
+    np.savez(path, names=np.array(list(weights), kind), values=values)
 
 
 def test_inception2_is_tensornets(tmp_path):
@@ -1325,6 +1329,10 @@ def test_inception2_is_tensornets(tmp_path):
     assert len(weights) == 277 and list(weights)[-1] == "logits/biases"
     save_weights(tmp_path / "inception2.npz", weights)
     net = models.load_inception2(tmp_path / "inception2.npz").eval()
+    # Python 2 has names of bytes, and TensorFlow ends those of variables in :0.
+    save_weights(tmp_path / "old.npz", {f"{name}:0": a for name, a in weights.items()}, kind="S")
+    old = models.load_inception2(tmp_path / "old.npz").state_dict()
+    assert all(torch.equal(old[name], tensor) for name, tensor in net.state_dict().items())
     assert len(net) == 13 and flextune.candidates(net) == [*range(1, 14)]
     x = torch.from_numpy(rng.uniform(-1, 1, (2, 224, 224, 3)).astype(np.float32))
     with torch.no_grad():
@@ -1336,8 +1344,9 @@ def test_inception2_is_tensornets(tmp_path):
     head = models.pacs_head(net)
     with torch.no_grad():
         six = head((x.permute(0, 3, 1, 2) + 1) / 2)
-    torch.testing.assert_close(six[:, 1], logits[:, [101, 385, 386]].mean(1))
-    torch.testing.assert_close(six[:, 4], logits[:, 339])
+    groups = [[*range(151, 269)], [101, 385, 386], [351, 352, 353], [402, 546], [339]]
+    for label, group in enumerate([*groups, [449, 580, 660]]):
+        torch.testing.assert_close(six[:, label], logits[:, group].mean(1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [5, 6, 7, 8, 32, 33])
@@ -1511,6 +1520,20 @@ def test_every_scenario_runs(quick, pair):
     command = f"--source {source} --target {target} --ratio {' '.join(ratios)} --runs 1"
     quick(f"{command} --data builtin {methods}")
     assert len(results()) == len(ratios) * (2 if methods else 8)
+
+
+def test_the_figures_of_the_paper():
+    for scenario, figure in {
+        ("mnist", "occluded", 30, "ft-fc-1"): 0.785,
+        ("cifar", "quickdraw", 20, "ft-fc-2"): 0.525,
+        ("quickdraw", "blurry", 20, "ft-ss"): 0.707,
+        ("ilsvrc", "rotation", 12, "fast-flex"): 0.832,
+        ("ilsvrc", "sketch", 20, "ft-all"): 0.542,
+        ("ilsvrc", "hsv", 25, "source"): 0.384,
+        ("ilsvrc", "yuv", 12, "ft-fc-2"): None,
+        ("cifar", "blurry", 2, "flex"): None,
+    }.items():
+        assert run_all.paper(*scenario) == figure, scenario
 
 
 def test_every_method_on_inception2(quick, capsys):
