@@ -200,7 +200,7 @@ class Progress:
         now = time.perf_counter()
         done = self.done + part
         left = (now - self.start) / done * (self.steps - done) if done else math.inf
-        line = f"[{self.done}/{self.steps}] {text}"
+        line = f"[{self.done}/{self.steps}] " * (self.steps > 0) + text
         if now - self.start > 2 and 0 < left < math.inf:
             line += f", about {duration(left)} left"
         if self.terminal:
@@ -357,8 +357,9 @@ def source_network(family: Family, root: Path | None, out: Path, device: str | N
         save({"made_of": made_of.hexdigest(), "net": state}, path)
     net.load_state_dict(state)
     own = flextune.accuracy(net, domain["test"], replace(family.pretraining, device=device))
+    network = "narrow " * bool(family.weights) + family.network
     where = f"data in {root}" if root else "built-in data"
-    print(f"{name}: {family.network} network, {own:.3f} on its own test images, {where}")
+    print(f"{name}: {network} network, {own:.3f} on its own test images, {where}")
     return net
 
 
@@ -463,8 +464,9 @@ def print_units(rows: list[dict], names: list[str]) -> None:
         how_often = (f"{m}" + f" ({n} of {runs})" * (runs > 1) for m, n in chosen_by.items() if n)
         bars = (bar(list(by_run.values()), runs) for by_run in found.values())
         table.append([f"{unit} {name}", *bars, ", ".join(how_often)])
+    used = [column for column in zip(*table) if set(column[1:]) != {"-"}]
     print()
-    print_columns(table, left=len(table[0]))
+    print_columns([*zip(*used)], left=len(used))
 
 
 def tuned(rows: list[dict], names: list[str]) -> str:
@@ -521,16 +523,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, not {text}")
+    return int(text)
 
 
 def device(text: str) -> str:
+    if text.split(":")[0] not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text} is neither cpu nor cuda")
     try:
-        if torch.device(text).type not in ("cpu", "cuda"):
-            raise RuntimeError("neither cpu nor cuda")
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{text}: {str(error).splitlines()[0]}") from error
@@ -590,15 +591,17 @@ def scenarios(args) -> list[tuple[str, str]]:
     for name in args.target or ():
         sources = [source for source, target in pairs if target == name]
         if not sources:
-            known = ", ".join(target for _, target in pairs)
-            raise UsageError(f"unknown target {name}: choose from {known}")
-        if len(sources) > 1:
+            known = ", ".join(dict.fromkeys(target for _, target in pairs))
+            of = f" of source {args.source}" if args.source else ""
+            raise UsageError(f"unknown target {name}{of}: choose from {known}")
+        if len(sources) > 1 and not args.list:
             raise UsageError(f"target {name} needs --source: {' or '.join(sources)}")
     return [pair for pair in pairs if not args.target or pair[1] in args.target]
 
 
 def print_scenarios(pairs: list[tuple[str, str]], data: str | None) -> None:
-    table = [["source", "network", "target", "ratios", "accuracy", f"data in {data or 'data'}"]]
+    where = "data" if data == "builtin" else f"data in {data or 'data'}/"
+    table = [["source", "network", "target", "ratios", "accuracy", where]]
     for source, target in pairs:
         family, there = SCENARIOS[source, target], {"built-in images": True}
         if data != "builtin":
@@ -614,6 +617,8 @@ def print_scenarios(pairs: list[tuple[str, str]], data: str | None) -> None:
             ]
         )
     print_columns(table, left=len(table[0]))
+    if any("missing" in line[-1] for line in table):
+        print("What is missing is downloaded when it is needed; ilsvrc has to be put there.")
 
 
 def locate(source: str, target: str, data: str | None) -> Path | None:
@@ -641,6 +646,8 @@ def run_scenarios(args, pairs: list[tuple[str, str]]) -> None:
         for pair in pairs
         for ratio in sorted(set(args.ratio or SCENARIOS[pair].ratios))
     ]
+    if args.data not in (None, "builtin") and not Path(args.data).is_dir():
+        raise UsageError(f"--data: there is no folder {args.data}; for the drawn images: builtin")
     if args.save and args.save.is_dir():
         raise UsageError(f"--save takes the name of a file, and {args.save} is a folder")
     if args.save and sum(runs for *_, runs in plan) > 1:
@@ -689,10 +696,11 @@ def run_scenarios(args, pairs: list[tuple[str, str]]) -> None:
                 progress.done = ends_at
             clear_line()
             print_scenario(rows)
+    print(f"\nevery figure, candidate and history: {results}")
     if args.save:
         method = "flex" if "flex" in nets else [*nets][-1]
         save(nets[method].state_dict(), args.save)
-        print(f"\nthe network of {method} is in {args.save}")
+        print(f"the network of {method} is in {args.save}")
 
 
 def main(argv: list[str] | None = None) -> None:

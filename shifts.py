@@ -762,7 +762,9 @@ def _image_folder(folder: Path, classes) -> tuple[list[Path], torch.Tensor]:
     for label, name in enumerate(classes):
         found = [path for path in (folder / name).glob("*") if path.suffix.lower() in IMAGE_ENDINGS]
         if len(found) < 5:  # a split of the class would be empty
-            raise DataError(f"{folder / name} has {len(found)} images: put 5 or more there")
+            raise DataError(
+                f"{folder / name} has {len(found)} images: put 5 or more there, or delete {folder}"
+            )
         paths += sorted(found)
         labels += [label] * len(found)
     return paths, torch.tensor(labels)

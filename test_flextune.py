@@ -1577,7 +1577,8 @@ def test_the_tables_mark_what_a_reader_should_know(capsys):
     assert "! diverged, in a run or more: its network is from before that" in lines
     assert "0.900 ###########. (1)" in table["1 conv1"]  # tuned in one of the two runs
     assert table["1 conv1"].endswith("faster-flex (1 of 2)")
-    assert table["all"].split() == ["all", "-", "-", "-", "-"]  # one epoch of all is not ft-all
+    assert table["all"].split() == ["all", "-", "-", "-"]  # one epoch of all is not ft-all
+    assert "proxy (faster-flex)" in table["unit"] and "proxy (fast-flex)" not in table["unit"]
 
 
 def test_progress_tells_the_time_left(monkeypatch, capsys):
@@ -1665,6 +1666,7 @@ def test_without_data_and_network_the_built_in_digits_are_announced(quick, capsy
 
 
 def test_with_data_named_what_is_missing_is_an_error(quick, capsys):
+    Path("there").mkdir()
     line = fails(capsys, lambda: quick("--source mnist --target blurry --ratio 3 --data there"))
     assert re.search(r"error: there/mnist/train-images.*is missing, and downloading", line)
 
@@ -1685,7 +1687,7 @@ def test_real_data_are_shown_beside_the_paper(quick, capsys, mnist):
 def test_list_shows_every_scenario_and_its_data(quick, capsys, mnist):
     quick(f"--list --data {mnist}")
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 20
+    assert len(lines) == 1 + 20 + 1
     assert re.search("mnist +4-layer +blurry +3 30 300 3000 +top-1 +mnist there", lines[1])
     assert any(line.endswith("mnist there, bsds500 missing") for line in lines)
     quick("--list --data builtin")
@@ -1696,13 +1698,15 @@ def test_list_shows_every_scenario_and_its_data(quick, capsys, mnist):
     "command, message",
     [
         ("--target sketchy", "unknown target sketchy: choose from blurry, occluded"),
-        ("--source mnist --target blurry --ratio 0", "argument --ratio: must be at least 1, not 0"),
-        ("--source mnist --target blurry --ratio many", "argument --ratio: invalid"),
-        ("--source mnist --target blurry --runs -1", "argument --runs: must be at least 1, not -1"),
+        ("--source cifar --target sketch", "unknown target sketch of source cifar: choose from"),
+        ("--source mnist --target blurry --ratio 0", "must be a whole number from 1, not 0"),
+        ("--source mnist --target blurry --ratio 2.5", "must be a whole number from 1, not 2.5"),
+        ("--source mnist --target blurry --runs -1", "must be a whole number from 1, not -1"),
+        ("--source mnist --target blurry --data there", "there is no folder there"),
         ("--source imagenet", "argument --source: invalid choice"),
         ("--methods magic", "argument --methods: invalid choice"),
-        ("--device toaster", "argument --device: toaster: "),
-        ("--device meta", "argument --device: meta: neither cpu nor cuda"),
+        ("--device toaster", "argument --device: toaster is neither cpu nor cuda"),
+        ("--device cpu:x", "argument --device: cpu:x: "),
         (
             "--source mnist --target blurry --ratio 4000 --data builtin",
             "the largest that 300 images",
@@ -1721,7 +1725,7 @@ def test_usage_errors_are_one_line(quick, capsys, command, message):
 def test_a_target_of_several_sources_needs_the_source(quick, capsys):
     message = "target blurry needs --source: mnist or cifar or quickdraw"
     assert message in fails(capsys, lambda: quick("--target blurry"))
-    quick("--source cifar --target blurry --list")
+    quick("--target blurry --list")
 
 
 def test_ctrl_c_ends_with_130(quick, capsys, monkeypatch):
