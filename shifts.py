@@ -964,7 +964,7 @@ def _paint(style: str, y: torch.Tensor, draw: torch.Generator, side: int) -> tor
         x = (0.15 + 0.85 * d.abs().clamp(0, 1)).expand(-1, 3, -1, -1)
     else:  # QuickDraw's light strokes on black, here of many widths and strengths
         width, strength = torch.rand(2, n, 1, 1, 1, generator=draw)
-        x = (1 + width - d.abs()).clamp(0, 1) * (0.2 + 0.8 * strength).expand(-1, 3, -1, -1)
+        x = (1 + 3 * width - d.abs()).clamp(0, 1) * (0.2 + 0.8 * strength).expand(-1, 3, -1, -1)
     return (x * 255).round_().clamp_(0, 255).byte()
 
 
