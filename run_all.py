@@ -671,7 +671,7 @@ def run_scenarios(args, pairs: list[tuple[str, str]]) -> None:
         domain = None  # before the next: one in memory at a time
         domain = shifts.load(*pair, root, Progress(1).part)
         clear_line()
-        shifts.subsample(domain["pool"], max(ratio for _, ratio, _ in ratios), seed=0)  # can it be?
+        shifts.draw_size(domain["pool"][1], max(ratio for _, ratio, _ in ratios))  # too large?
         if (family, root) not in networks:
             networks[family, root] = source_network(family, root, args.out, args.device)
         progress.start += time.perf_counter() - paused

@@ -115,6 +115,18 @@ def _domain(name: str, root: Path | None, report: Report) -> dict[str, Data]:
     return {"mnist": _mnist, "svhn": _svhn, "cifar": _cifar, "quickdraw": _quickdraw}[name](root)
 
 
+def draw_size(y: torch.Tensor, ratio: int) -> int:
+    """Images in a draw from a pool with labels y: ratio x classes. DataError if it has fewer."""
+    pool_size, classes = len(y), len(y.unique())
+    total = ratio * classes
+    if total > pool_size:
+        raise DataError(
+            f"ratio {ratio} needs {total} images; the largest that {pool_size} images of "
+            f"{classes} classes allow is {pool_size // classes}"
+        )
+    return total
+
+
 def subsample(data: Data, ratio: int, seed: int) -> Data:
     """A draw of ratio x classes images, in proportion to the classes, at least one of each.
 
@@ -122,13 +134,7 @@ def subsample(data: Data, ratio: int, seed: int) -> Data:
     """
     x, y = data
     pool = y.bincount()  # images of each class
-    pool_size, classes = len(y), int((pool > 0).sum())
-    total = ratio * classes
-    if total > pool_size:
-        raise DataError(
-            f"ratio {ratio} needs {total} images; the largest that {pool_size} images of "
-            f"{classes} classes allow is {pool_size // classes}"
-        )
+    pool_size, total = len(y), draw_size(y, ratio)
     if total == pool_size:  # no second copy of a large pool
         return data
     share = pool * total / pool_size
@@ -299,11 +305,10 @@ def _uniform(n: int, draw: torch.Generator, limit: float) -> torch.Tensor:
 
 def _by_chunks(shift, x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
     """`shift` on float chunks of the images (all at once would need much memory), as uint8."""
-    out, done = torch.empty_like(x, memory_format=torch.contiguous_format), 0
-    for chunk, *rest in zip(*(tensor.split(250) for tensor in (x, *parameters))):
-        new = shift(chunk.float(), *rest).round_().clamp_(0, 255)
-        out[done : done + len(new)], done = new, done + len(new)
-    return out
+    chunks = zip(*(tensor.split(250) for tensor in (x, *parameters)))
+    return torch.cat(
+        [shift(chunk.float(), *rest).round_().clamp_(0, 255).byte() for chunk, *rest in chunks]
+    )
 
 
 # Each strength was fitted once, before any method ran, to the base accuracy of Table 2 alone, on
@@ -673,12 +678,9 @@ def _house_numbers(path: Path) -> Data:
     if len(y) < 60 or not np.isin(y, range(1, 11)).all():
         raise DataError(f"{path} holds fewer than 60 images, or labels besides 1 to 10: delete it")
     x = torch.from_numpy(np.ascontiguousarray(x.transpose(3, 2, 0, 1)))
-    smaller = [
-        interpolate(chunk.float(), size=(28, 28), mode="bilinear", antialias=True)
-        for chunk in x.split(1000)
-    ]
+    smaller = partial(interpolate, size=(28, 28), mode="bilinear", antialias=True)
     labels = torch.from_numpy(y[:, 0].astype(np.int64)) % 10  # a zero has label 10
-    return torch.cat([chunk.round_().clamp_(0, 255).byte() for chunk in smaller]), labels
+    return _by_chunks(smaller, x), labels
 
 
 @cache

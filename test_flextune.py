@@ -1101,9 +1101,9 @@ def test_svhn(tmp_path, compressed):
             shifts.load("mnist", "svhn", tmp_path)
 
 
-def photo_file(color, size=(30, 20)):
+def photo_file(color, size=(30, 20), kind="PNG"):
     file = io.BytesIO()
-    pytest.importorskip("PIL.Image").new("RGB", size, color).save(file, "PNG")
+    pytest.importorskip("PIL.Image").new("RGB", size, color).save(file, kind)
     return file.getvalue()
 
 
@@ -1186,18 +1186,10 @@ def test_mnist_is_downloaded_where_it_is_missing(tmp_path, mnist, server, monkey
         shifts.provide("mnist", "blurry", tmp_path / "wrong")
 
 
-def photo_archive(name="BSR/BSDS500/data/images/train/{}.jpg"):
-    image = pytest.importorskip("PIL.Image")
-    archive = io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
-        for number, size in enumerate(((48, 32), (32, 48))):
-            jpg = io.BytesIO()
-            image.new("RGB", size, (200, 100, 50)).save(jpg, "JPEG")
-            member = tarfile.TarInfo(name.format(number))
-            member.size = jpg.tell()
-            jpg.seek(0)
-            tar.addfile(member, jpg)
-    return archive.getvalue()
+def photo_archive():
+    folder, sizes = "BSR/BSDS500/data/images/train", ((48, 32), (32, 48))
+    photos = (photo_file((200, 100, 50), size, "JPEG") for size in sizes)
+    return tar({f"{folder}/{number}.jpg": photo for number, photo in enumerate(photos)})
 
 
 def test_photos_are_downloaded_and_unpacked(mnist, server, monkeypatch):
