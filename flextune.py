@@ -123,21 +123,30 @@ def accuracy(net: nn.Sequential, data: Data, settings: Settings = Settings()) ->
 
     Raises ValueError for a network or data that cannot be worked with.
     """
+    return correct(net, data, settings).sum().item() / len(data[1])
+
+
+def correct(net: nn.Sequential, data: Data, settings: Settings = Settings()) -> torch.Tensor:
+    """Is each image of `data` right by `top_k`? bool [N], on the CPU. Raises as `accuracy`."""
     net, load = _working_copy(net, settings, data=data)
-    return _accuracy(lambda x: net(load(x)), *data, settings.top_k)
+    return _correct(lambda x: net(load(x)), *data, settings.top_k).cpu()
+
+
+def _accuracy(forward, x: torch.Tensor, y: torch.Tensor, top_k: int) -> float:
+    return _correct(forward, x, y, top_k).sum().item() / len(y)
 
 
 @torch.no_grad()
-def _accuracy(forward, x: torch.Tensor, y: torch.Tensor, top_k: int) -> float:
+def _correct(forward, x: torch.Tensor, y: torch.Tensor, top_k: int) -> torch.Tensor:
     """Of equal logits the first counts as larger; NaN are never right."""
-    hits = 0
+    hits = []
     for images, classes in zip(x.split(CHUNK), y.split(CHUNK)):
         logits = forward(images)  # (B, classes)
         own = classes.to(logits.device)[:, None]  # (B, 1)
         a, index = logits.gather(1, own), torch.arange(logits.shape[1], device=logits.device)
         ahead = (logits > a) | ((logits == a) & (index < own))  # (B, classes)
-        hits += ((ahead.sum(1) < top_k) & ~logits.isnan().any(1)).sum()
-    return hits.item() / len(y)
+        hits.append((ahead.sum(1) < top_k) & ~logits.isnan().any(1))
+    return torch.cat(hits)
 
 
 def _working_copy(net: nn.Sequential, settings: Settings, **sets: Data):
@@ -418,6 +427,42 @@ def faster_flex(net, train: Data, val: Data, settings=Settings(), tune=fine_tune
     return Selection(chosen=best, best=best, tuned=tuned, proxies=a)
 
 
+@dataclass
+class Certainty:
+    """How sure flex's choice is, accuracies in [0, 1]. See `certainty`."""
+
+    runner_up: int | str  # the best of the other candidates, the first of equals
+    lead: float  # validation accuracy of the chosen network minus that of the runner-up
+    error: float  # standard error of the lead: both networks see the same images
+    bound: float  # on |validation - expected accuracy|, for all candidates at once
+
+
+def certainty(
+    selection: Selection, val: Data, settings: Settings = Settings(), delta: float = 0.05
+) -> Certainty:
+    """The lead of flex's choice on `val`, and the bound of section 3.3, O(sqrt(log L / |D_val|)).
+
+    For a fixed network, Hoeffding's inequality bounds the probability that its accuracies on n
+    images and in expectation are more than b apart by 2 exp(-2 n b^2). With a union over the L + 1
+    candidates, all are within sqrt(log(2 (L + 1) / delta) / 2n) with probability 1 - delta.
+    Both figures take the networks as given, but each one's epoch was chosen on the same images.
+    """
+    others = {unit: result.accuracy for unit, result in selection.tuned.items()}
+    del others[selection.chosen]
+    runner_up = max(others, key=others.get)
+    won, lost = (
+        correct(selection.tuned[unit].net, val, settings).double()
+        for unit in (selection.chosen, runner_up)
+    )
+    n, candidates = len(won), len(selection.tuned)
+    return Certainty(
+        runner_up=runner_up,
+        lead=(won - lost).mean().item(),
+        error=(won - lost).std(correction=0).item() / n**0.5,
+        bound=math.sqrt(math.log(2 * candidates / delta) / (2 * n)),
+    )
+
+
 # ---------------------------------------------------------------- baselines (section 5.1)
 
 
@@ -496,3 +541,50 @@ class _Scale(nn.Module):
 
     def forward(self, weight):
         return weight * self.scale
+
+
+# ---------------------------------------------------------------- retrieval (section 5.3)
+
+
+def retrieval(
+    net: nn.Sequential,
+    tuned: nn.Sequential,
+    gallery: Data,
+    queries: Data,
+    settings: Settings = Settings(),
+    k: int = 10,
+) -> float:
+    """Mean AP@k over target `queries`, seen by `tuned`, in a source `gallery`, seen by `net`.
+
+    A feature is the input of the last unit, a map averaged over its pixels. Of a query's k nearest
+    images (Euclidean distance, the first of equals) those of its class are relevant, and
+
+        AP@k = sum of P(i) over the places i at which a relevant image stands / min(k, R)
+
+    with P(i) the share of relevant images among the nearest i, and R the number of relevant images
+    in the gallery; 0 where there are none. Gallery labels may be negative: no query's class.
+    Raises ValueError for networks or images that cannot be worked with.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, not {k}")
+    there, labels = _features(net, gallery[0], settings), gallery[1]
+    total = 0.0
+    features = _features(tuned, queries[0], settings)
+    for query, y in zip(features.split(CHUNK), queries[1].split(CHUNK)):
+        nearest = torch.cdist(query, there).sort(stable=True).indices[:, :k].cpu()  # (B, k)
+        relevant = (labels[nearest] == y[:, None]).double()
+        places = torch.arange(1, relevant.shape[1] + 1)
+        precision = relevant.cumsum(1) / places
+        most = (labels == y[:, None]).sum(1).clamp(1, k)  # min(k, R)
+        total += ((precision * relevant).sum(1) / most).sum().item()
+    return total / len(features)
+
+
+@torch.no_grad()
+def _features(net: nn.Sequential, x: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """The input of the last unit: [N, D]."""
+    unlabelled = x, torch.zeros(len(x), dtype=torch.int64)
+    net, load = _working_copy(net, settings, images=unlabelled)
+    below = nn.Sequential(*list(net)[:-1])
+    features = torch.cat([below(load(chunk)) for chunk in x.split(CHUNK)])
+    return features.mean((2, 3)) if features.dim() == 4 else features.flatten(1)

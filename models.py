@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import pad
+from torch.nn.functional import affine_grid, grid_sample, pad
 from torch.nn.utils import skip_init
 
 
@@ -203,6 +203,73 @@ def pacs_head(net: nn.Sequential) -> nn.Sequential:
         new.weight.data[row] = old.weight.data[list(group)].mean(0)
         new.bias.data[row] = old.bias.data[list(group)].mean()
     return net
+
+
+# ---------------------------------------------------------------- image-to-image (section 5.4)
+#
+# Units to stand before a network: images [N, 3, H, W] to images. Each starts as the identity, so
+# that the network is at first what it was.
+
+
+class Pixelwise(nn.Module):
+    """x plus 1x1 convolutions of it: a map of colours."""
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        self.change = nn.Sequential(
+            nn.Conv2d(3, width, 1), nn.ReLU(), _zero(nn.Conv2d(width, 3, 1))
+        )
+
+    def forward(self, x):
+        return x + self.change(x)
+
+
+class SpatialTransformer(nn.Module):
+    """An affine map of each image, found by a small network (Jaderberg et al., NIPS 2015).
+
+    Bilinear, black outside. The small network sees the image at 28 x 28.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.locate = nn.Sequential(
+            nn.AdaptiveAvgPool2d(28),
+            *(nn.Conv2d(3, 16, 5, stride=2, padding=2), nn.ReLU()),
+            *(nn.Conv2d(16, 32, 5, stride=2, padding=2), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(32 * 7 * 7, 64), nn.ReLU()),
+            _zero(nn.Linear(64, 6)),
+        )
+        self.register_buffer("identity", torch.eye(2, 3))
+
+    def forward(self, x):
+        theta = self.identity + self.locate(x).view(-1, 2, 3)
+        return grid_sample(x, affine_grid(theta, x.shape, align_corners=False), align_corners=False)
+
+
+class UNet(nn.Module):
+    """x plus a small Pix2Pix U-Net of it (Isola et al., CVPR 2017); H and W multiples of 4.
+
+    Pix2Pix has BatchNorm, too, whose statistics would stay at their start here.
+    """
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        sizes = {"kernel_size": 4, "stride": 2, "padding": 1}
+        self.down1 = nn.Sequential(nn.Conv2d(3, width, **sizes), nn.LeakyReLU(0.2))
+        self.down2 = nn.Sequential(nn.Conv2d(width, 2 * width, **sizes), nn.LeakyReLU(0.2))
+        self.up2 = nn.Sequential(nn.ConvTranspose2d(2 * width, width, **sizes), nn.ReLU())
+        self.up1 = _zero(nn.ConvTranspose2d(2 * width, 3, **sizes))
+
+    def forward(self, x):
+        half = self.down1(x)
+        return x + self.up1(torch.cat([half, self.up2(self.down2(half))], 1))
+
+
+def _zero(layer: nn.Module) -> nn.Module:
+    """The layer with an output of zero at first."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 # ---------------------------------------------------------------- TensorNets' weights
