@@ -5,27 +5,32 @@ Learning", WACV 2020: every method on one transfer scenario, on several, or on a
     python run_all.py --target svhn occluded --ratio 3 30         # four scenarios
     python run_all.py --target art --ratio 20 --methods flex ft-all --runs 3 --data DIR
     python run_all.py --list                                      # all scenarios, and their data
+    torchrun --nproc-per-node 8 run_all.py --table 1 3 4 --figures figures   # the whole paper
 
-Results are appended to results/results.jsonl, a line per scenario, run and method.
+Results are appended to results/results.jsonl, a line per scenario, run and method. What is there
+already is not run again, so a command that was interrupted goes on where it stopped, and tables
+and figures can be had once more.
 """
 
 import argparse
+import base64
 import hashlib
-import itertools
 import json
 import math
 import os
+import pickle
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from torch import nn
@@ -50,7 +55,8 @@ class Family:
     pretraining: Settings
     tuning: Settings
     weights: Callable[[Path], nn.Sequential] | None = None  # of real data: read, not trained
-    stand_in: Settings | None = None  # the tuning on built-in data, where it is another
+    built_in: dict = field(default_factory=dict, hash=False)  # what is other on built-in data
+    cost: float = 1.0  # of an image in training, about, against the others': for the time left
 
 
 SEVEN_LAYERS = {
@@ -59,12 +65,15 @@ SEVEN_LAYERS = {
     "build": models.cifar_net,
     "pretraining": Settings(lr=1e-3, max_epochs=30),
     "tuning": Settings(lr=1e-3),
+    "built_in": {"pretraining": Settings(lr=1e-3, max_epochs=10)},
+    "cost": 5.0,
 }
 INCEPTION2 = {  # on built-in data a narrow network, on small images
     "network": "Inception2",
     "build": partial(models.inception2, classes=6, width=0.25),
     "pretraining": Settings(lr=1e-3, max_epochs=9, check_every=1, batch_statistics=True),
-    "stand_in": Settings(lr=1e-3, patience=3),
+    "built_in": {"tuning": Settings(lr=1e-3, patience=3), "cost": 3.0},
+    "cost": 400.0,
 }
 FAMILIES = (
     Family(
@@ -105,16 +114,36 @@ FAMILIES = (
 )
 SCENARIOS = {(family.source, target): family for family in FAMILIES for target in family.targets}
 
-METHODS = {
-    "source": flextune.source,
+BASELINES = {
     "ft-fc-1": partial(flextune.ft_fc, n=1),
     "ft-fc-2": partial(flextune.ft_fc, n=2),
     "ft-ss": flextune.ft_ss,
     "ft-all": flextune.ft_all,
+}
+SELECTIONS = {
     "flex": flextune.flex,
     "fast-flex": flextune.fast_flex,
     "faster-flex": flextune.faster_flex,
 }
+METHODS = {"source": flextune.source} | BASELINES | SELECTIONS
+
+
+def flex_i2i(net, train, val, settings, tune, unit: nn.Module) -> flextune.Selection:
+    """Algorithm 1 with one more candidate, 0: `unit` before N, and nothing else tuned (5.4)."""
+    tuned = flextune.flex(net, train, val, settings, tune).tuned
+    before = tune(nn.Sequential(unit, *net), 1, train, val, settings)
+    tuned[0] = replace(before, units=(0,))
+    best = max(tuned, key=lambda unit: tuned[unit].accuracy)  # of equals, a part of N
+    return flextune.Selection(chosen=best, best=best, tuned=tuned)
+
+
+def image_to_image(target: str) -> type[nn.Module]:
+    """The image-to-image unit for a target: special where the kind of shift is known."""
+    if target in ("yuv", "hsv"):
+        return models.Pixelwise
+    affine = target.startswith(("transform-", "scaling-")) or target == "rotation"
+    return models.SpatialTransformer if affine else models.UNet
+
 
 TABLE_2 = {  # test accuracy of the source network; for QuickDraw from Table 3
     ("mnist", "blurry"): 0.748,
@@ -173,11 +202,67 @@ TABLE_3 = {  # test accuracy of each method
 }
 
 
+TABLE_4 = {  # AP@10 in retrieval; the paper does not say at which ratio
+    target: dict(zip(("ft-fc-1", "ft-all", "flex"), figures))
+    for target, figures in {
+        "yuv": (0.80, 0.75, 0.85),
+        "hsv": (0.47, 0.52, 0.85),
+        "art": (0.66, 0.80, 0.88),
+        "cartoon": (0.53, 0.83, 0.86),
+        "sketch": (0.39, 0.85, 0.86),
+    }.items()
+}
+TALLY = {"flex": 60, "fast-flex": 41, "ft-all": 26}  # of 72, section 5.2
+
+
 def paper(source: str, target: str, ratio: int, method: str) -> float | None:
     """The test accuracy that the paper published, if it did."""
     if method == "source":
         return TABLE_2[source, target]
     return TABLE_3.get((source, target, ratio), {}).get(method)
+
+
+# ---------------------------------------------------------------- ranks
+#
+# Under torchrun every rank runs this program. Rank 0 plans, the ranks take the scenario-runs one
+# by one from a common counter, and rank 0 prints.
+
+RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@cache
+def store():
+    """What the ranks have in common: torchrun's store of keys and values."""
+    from torch.distributed.rendezvous import rendezvous
+
+    common, *_ = next(rendezvous("env://"))
+    common.set_timeout(timedelta(days=30))
+    return common
+
+
+def from_rank_0(make: Callable):
+    """What `make()` gives in rank 0, in every rank."""
+    if RANKS == 1:
+        return make()
+    if RANK == 0:
+        store().set("plan", pickle.dumps(make()))
+    return pickle.loads(store().get("plan"))
+
+
+def wait_for_all(name: str) -> None:
+    """Every rank comes here before any goes on."""
+    if RANKS > 1:
+        store().set(f"{name} {RANK}", "")
+        store().wait([f"{name} {rank}" for rank in range(RANKS)])
+
+
+def shared(steps: int) -> Iterator[int]:
+    """The numbers below `steps`, each in one rank only: whichever is free takes the next."""
+    if RANKS == 1:
+        yield from range(steps)
+    else:
+        while (step := store().add("taken", 1) - 1) < steps:
+            yield step
 
 
 # ---------------------------------------------------------------- progress
@@ -187,20 +272,22 @@ class Progress:
     """On standard error: what is being done, and about how long the rest takes.
 
     On a terminal one line that is rewritten; elsewhere plain lines, one for each step and, in a
-    long step, one each ten seconds.
+    long step, one each ten seconds. Of several ranks the first speaks for all.
     """
 
-    def __init__(self, steps: int):
-        self.steps, self.done = steps, 0
+    def __init__(self, costs: list[float]):
+        self.costs, self.done = costs, 0  # what each step takes, in any unit; steps done
         self.start = self.printed = time.perf_counter()
         self.terminal = sys.stderr.isatty()
 
     def show(self, text: str, part: float = 0.0) -> None:
         """Say what is under way; of the present step, `part` (0 to 1) is done."""
+        if RANK:
+            return
         now = time.perf_counter()
-        done = self.done + part
-        left = (now - self.start) / done * (self.steps - done) if done else math.inf
-        line = f"[{self.done}/{self.steps}] " * (self.steps > 0) + text
+        done = sum(self.costs[: self.done]) + part * sum(self.costs[self.done :][:1])
+        left = (now - self.start) * (sum(self.costs) / done - 1) if done else math.inf
+        line = f"[{self.done}/{len(self.costs)}] {text}"
         if now - self.start > 2 and 0 < left < math.inf:
             line += f", about {duration(left)} left"
         if self.terminal:
@@ -236,6 +323,54 @@ def duration(seconds: float) -> str:
 # ---------------------------------------------------------------- running
 
 
+@dataclass(frozen=True)
+class Run:
+    """A scenario-run: the methods on one draw of the training images."""
+
+    pair: tuple[str, str]  # source, target
+    ratio: int
+    root: Path | None  # of the real data; None: the built-in ones
+    settings: Settings  # with the seed
+    methods: tuple[str, ...]
+
+    @property
+    def family(self) -> Family:
+        family = SCENARIOS[self.pair]
+        return family if self.root else replace(family, **family.built_in)
+
+    def head(self, method: str) -> dict:
+        """What a result row begins with, and is known by."""
+        return {
+            "source": self.pair[0],
+            "target": self.pair[1],
+            "ratio": self.ratio,
+            "seed": self.settings.seed,
+            "data": "real" if self.root else "built-in",
+            "method": method,
+            "settings": asdict(self.settings),
+        }
+
+    def trainings(self) -> list[float]:
+        """What each network costs, about, that is fine-tuned at the most, if several need it once."""
+        last = len(unit_names(self.family))
+        units = [*range(1, last + 1), "all"]
+        needs = {
+            "source": [],
+            "ft-fc-1": [last],
+            "ft-fc-2": ["last two"],
+            "ft-ss": ["scales"],
+            "ft-all": ["all"],
+            "flex": units,
+            "fast-flex": ["all", "fast"],
+            "faster-flex": ["one epoch", "faster"],
+            "flex-i2i": [*units, "image-to-image"],
+        }
+        needed = {network for method in self.methods for network in needs[method]}
+        if {"flex", "flex-i2i"} & set(self.methods):
+            needed -= {"fast", "faster"}
+        return [self.family.cost * (self.ratio + 100)] * len(needed)  # 100: of the validations
+
+
 class Once:
     """`fine_tune` that trains each network of a scenario-run once, whichever methods need it.
 
@@ -247,8 +382,8 @@ class Once:
 
     def __call__(self, net, units, train, val, settings, epochs=None):
         numbers = units if isinstance(units, list) else [units]
-        if net is not self.net:
-            numbers = ["ss"]  # the one method that brings a network of its own
+        if net is not self.net:  # two methods bring a network of their own
+            numbers = ["ss"] if len(net) == len(self.net) else ["image-to-image"]
         name = "ft-" + "-".join(map(str, numbers)) + ", one epoch" * (epochs == 1)
 
         def report(epoch, accuracy):
@@ -262,12 +397,21 @@ class Once:
         return self.results[name]
 
 
-def run(scenario: dict, methods, net, domain, settings: Settings, progress: Progress):
-    """Every method on one draw of the training images: its result row and its network, each."""
-    train = shifts.subsample(domain["pool"], scenario["ratio"], settings.seed)
-    title = f"{scenario['target']}, ratio {scenario['ratio']}, run {scenario['run']}"
+RETRIEVAL = ("ft-fc-1", "ft-all", "flex")  # the methods of Table 4
+
+
+def execute(run: Run, net: nn.Sequential, domain, gallery, progress: Progress):
+    """The methods of a scenario-run: its result rows, and the network of each.
+
+    `gallery`: the source images that the methods of Table 4 are tried on, or None.
+    """
+    settings, (x, _) = run.settings, domain["test"]
+    train = shifts.subsample(domain["pool"], run.ratio, settings.seed)
+    title = f"{run.pair[1]}, ratio {run.ratio}, seed {settings.seed}"
     tune = Once(net, progress, title)
     test = cache(lambda net: flextune.accuracy(net, domain["test"], settings))
+    unit = seeded(image_to_image(run.pair[1]), settings.seed)
+    methods = METHODS | {"flex-i2i": partial(flex_i2i, unit=unit)}
 
     def record(result):
         fields = ("units", "epochs", "seconds", "trained", "diverged", "history")
@@ -275,26 +419,55 @@ def run(scenario: dict, methods, net, domain, settings: Settings, progress: Prog
         return accuracies | {field: getattr(result, field) for field in fields}
 
     rows, nets = [], {}
-    for method in methods:
+    for method in run.methods:
         progress.show(f"{title}: {method}")
-        outcome = METHODS[method](net, train, domain["val"], settings=settings, tune=tune)
-        row = scenario | {"method": method, "images": len(train[1]), "settings": asdict(settings)}
-        if isinstance(outcome, flextune.Selection):
-            result = outcome.result
+        result = methods[method](net, train, domain["val"], settings=settings, tune=tune)
+        row = run.head(method) | {"images": len(train[1])}
+        if isinstance(result, flextune.Selection):
+            choice, result = result, result.result
             row |= record(result) | {
-                "epochs": outcome.epochs,
-                "seconds": outcome.seconds,
-                "chosen": str(outcome.chosen),
-                "best": str(outcome.best),
-                "proxies": {str(unit): a for unit, a in outcome.proxies.items()},
-                "candidates": {str(unit): record(one) for unit, one in outcome.tuned.items()},
+                "epochs": choice.epochs,
+                "seconds": choice.seconds,
+                "chosen": str(choice.chosen),
+                "best": str(choice.best),
+                "proxies": {str(unit): a for unit, a in choice.proxies.items()},
+                "candidates": {str(unit): record(one) for unit, one in choice.tuned.items()},
             }
+            if method in ("flex", "flex-i2i"):
+                sure = flextune.certainty(choice, domain["val"], settings, DELTA)
+                row["certainty"] = asdict(sure) | {"runner_up": str(sure.runner_up)}
+            if method == "flex-i2i":
+                row["pairs"] = image_pairs(choice.tuned[0].net[0], x[:4])
         else:
-            result = outcome
             row |= record(result)
+        if gallery and method in RETRIEVAL:
+            queries = domain["test"]
+            row["retrieval"] = flextune.retrieval(net, result.net, gallery, queries, settings)
         rows.append(row)
         nets[method] = result.net
     return rows, nets
+
+
+DELTA = 0.05  # how improbable it may be that a candidate is outside the bound of `certainty`
+
+
+def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A new network, the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return build()
+
+
+@torch.no_grad()
+def image_pairs(unit: nn.Module, x: torch.Tensor) -> dict:
+    """Images [N, 3, H, W] before and after an image-to-image unit, for a JSON file (Figure 3)."""
+    before = x.to(next(unit.parameters()).device) / 255
+    pairs = torch.stack([before, unit(before).clamp(0, 1)], 1).flatten(0, 1)
+    if pairs.shape[2] > 64:
+        pairs = nn.functional.interpolate(pairs, (64, 64), mode="bilinear", antialias=True)
+    pixels = (pairs * 255).round().byte().permute(0, 2, 3, 1).cpu()  # (2N, H, W, 3)
+    text = base64.b64encode(zlib.compress(pixels.numpy().tobytes())).decode()
+    return {"shape": [len(x), 2, *pixels.shape[1:]], "zlib": text}
 
 
 @cache
@@ -304,59 +477,40 @@ def unit_names(family: Family) -> list[str]:
         return [name for name, _ in family.build().named_children()]
 
 
-def methods_of(family: Family, asked: list[str] | None) -> list[str]:
+def methods_of(family: Family, asked: list[str] | None = None) -> list[str]:
     """The methods to run, in Table 3's order; of Inception2 the paper tunes one last unit alone."""
     without = {"ft-fc-2"} if family.network == "Inception2" else set()
     return [method for method in METHODS if method in (asked or METHODS.keys() - without)]
 
 
-def trainings(methods: list[str], family: Family) -> int:
-    """How many networks a run fine-tunes at the most, one that several methods need once."""
-    last = len(unit_names(family))
-    needs = {
-        "source": [],
-        "ft-fc-1": [last],
-        "ft-fc-2": ["last two"],
-        "ft-ss": ["scales"],
-        "ft-all": ["all"],
-        "flex": [*range(1, last + 1), "all"],
-        "fast-flex": ["all", "fast"],
-        "faster-flex": ["one epoch", "faster"],
-    }
-    needed = {network for method in methods for network in needs[method]}
-    return len(needed - ({"fast", "faster"} if "flex" in methods else set()))
-
-
-def source_network(family: Family, root: Path | None, out: Path, device: str | None):
+def source_network(run: Run, out: Path) -> nn.Sequential:
     """The source network: read, or trained once on the source's images and then kept in `out`."""
-    name = family.source
+    family, name, root = run.family, run.pair[0], run.root
     if root and family.weights:
         path = root / "inception2.npz"
         print(f"{name}: {family.network}, weights from {path}")
         return family.weights(path)
     domain = shifts.load(name, None, root)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        net = family.build()
+    net = seeded(family.build, 0)
     made_of = hashlib.md5(f"{net} {family.pretraining}".encode())
     for tensor in (*domain["source"], *domain["val"]):
         made_of.update(tensor.numpy())
     path = out / f"source-{name}-{'real' if root else 'builtin'}.pt"
+    settings = replace(family.pretraining, device=run.settings.device)
     state = kept_network(path, made_of.hexdigest())
     if state is None:
-        progress = Progress(1)
+        progress = Progress([1])
 
         def report(epoch, accuracy):
             text = f"pretraining on {name}: epoch {epoch}, validation {accuracy:.3f}"
             progress.show(text, epoch / settings.max_epochs)
 
-        settings = replace(family.pretraining, device=device)
         data = domain["source"], domain["val"]
         state = flextune.fine_tune(net, "all", *data, settings, None, report).net.state_dict()
         clear_line()
         save({"made_of": made_of.hexdigest(), "net": state}, path)
     net.load_state_dict(state)
-    own = flextune.accuracy(net, domain["test"], replace(family.pretraining, device=device))
+    own = flextune.accuracy(net, domain["test"], settings)
     network = "narrow " * bool(family.weights) + family.network
     where = f"data in {root}" if root else "built-in data"
     print(f"{name}: {network} network, {own:.3f} on its own test images, {where}")
@@ -370,19 +524,70 @@ def kept_network(path: Path, made_of: str) -> dict | None:
         return kept["net"] if kept["made_of"] == made_of else None
     except FileNotFoundError:
         return None
-    except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, UnpicklingError):
+    except (
+        *(OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError),
+        pickle.UnpicklingError,
+    ):
         print(f"{path} cannot be read: the source network is trained anew", file=sys.stderr)
         return None
 
 
-def append(rows: list[dict], path: Path) -> None:
-    """Add result rows to a file, all or none of them. Raises OSError."""
+def has_gallery(run: Run) -> bool:
+    """Are the source's validation images there? PACS does without ILSVRC's otherwise."""
+    source, _ = run.pair
+    return not run.root or source != "ilsvrc" or shifts.present(source, "yuv", run.root)[source]
+
+
+def source_gallery(run: Run) -> shifts.Data:
+    """The source's validation images, of ILSVRC's for PACS with the classes of its head, or -1."""
+    x, y = shifts.load(run.pair[0], None, run.root)["val"]
+    if run.root and run.pair[1] in shifts.PACS:
+        groups = torch.full((1000,), -1)
+        for label, group in enumerate(models.PACS_GROUPS.values()):
+            groups[list(group)] = label
+        y = groups[y]
+    return x, y
+
+
+# ---------------------------------------------------------------- results
+#
+# Each rank appends to a file of its own, since not every file system lets several share one.
+
+
+def append(rows: list[dict], out: Path) -> None:
+    """Add result rows to this rank's file, all or none of them. Raises OSError."""
+    path = out / f"results{f'-{RANK}' * (RANK > 0)}.jsonl"
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    with open(path, "ab", buffering=0) as file:
-        before = file.tell()
+    with open(path, "a+b", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        if before and os.pread(file.fileno(), 1, before - 1) != b"\n":
+            text = b"\n" + text  # after a line that somebody's full disk cut
         if file.write(text) < len(text):
             file.truncate(before)
             raise OSError(f"{path}: no space left for the results")
+
+
+def read(out: Path) -> dict[str, dict]:
+    """All result rows, by `key`; of equals the last."""
+    rows = {}
+    for path in sorted(out.glob("results*.jsonl")):
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            try:
+                row = json.loads(line)
+                rows[key(row)] = row
+            except (ValueError, LookupError, TypeError):
+                print(f"{path}, line {number}: not a result, passed over", file=sys.stderr)
+    return rows
+
+
+def key(row: dict) -> str:
+    """What makes a result: its scenario-run, method and settings, on whichever device."""
+    settings = {name: row["settings"][name] for name in row["settings"].keys() - NO_MATTER}
+    head = [row[name] for name in ("source", "target", "ratio", "seed", "data", "method")]
+    return json.dumps([*head, settings], sort_keys=True)
+
+
+NO_MATTER = {"device", "cache_bytes"}  # settings that change no result
 
 
 def save(content, path: Path) -> None:
@@ -400,41 +605,70 @@ def save(content, path: Path) -> None:
 # ---------------------------------------------------------------- tables
 
 BUILT_IN = "BUILT-IN DATA: drawn by shifts.py, no figure compares with the paper's"
+Groups = dict[tuple, dict[str, list[dict]]]
 
 
-def print_scenario(rows: list[dict]) -> None:
+def grouped(rows: list[dict]) -> Groups:
+    """For each scenario (source, target, ratio, data): the rows of each method."""
+    groups = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        scenario = row["source"], row["target"], row["ratio"], row["data"]
+        groups[scenario][row["method"]].append(row)
+    return groups
+
+
+def by_network(groups: Groups) -> dict[tuple, Groups]:
+    """The scenarios of each network, by (source, network, top-k, kind of data)."""
+    parts = defaultdict(dict)
+    for scenario, methods in groups.items():
+        source, target, _, data = scenario
+        (row, *_), *_ = methods.values()
+        network = SCENARIOS[source, target].network
+        parts[source, network, row["settings"]["top_k"], data][scenario] = methods
+    return parts
+
+
+def label(data: str) -> str:
+    return "real data" if data == "real" else BUILT_IN
+
+
+def average(rows: list[dict], field: str = "test") -> float:
+    return statistics.mean(row[field] for row in rows)
+
+
+def print_scenario(scenario: tuple, methods: dict[str, list[dict]]) -> None:
     """The tables of one scenario: means over its runs."""
-    first = rows[0]
-    names = unit_names(SCENARIOS[first["source"], first["target"]])
-    runs = len({row["run"] for row in rows})
-    print(f"\n{first['source']} -> {first['target']}, ratio {first['ratio']}", end=": ")
-    print(f"{first['images']} training images, {runs} run{'s' * (runs > 1)}", end=", ")
-    print(f"top-{first['settings']['top_k']} accuracy")
-    print("real data" if first["data"] == "real" else BUILT_IN)
-    print_methods(rows, names)
+    source, target, ratio, data = scenario
+    names = unit_names(SCENARIOS[source, target])
+    rows = [row for mine in methods.values() for row in mine]
+    runs, first = len({row["seed"] for row in rows}), rows[0]
+    print(f"\n{source} -> {target}, ratio {ratio}: {first['images']} training images", end=", ")
+    print(f"{runs} run{'s' * (runs > 1)}, top-{first['settings']['top_k']} accuracy")
+    print(label(data))
+    print_methods(scenario, methods, names)
     if any("candidates" in row for row in rows):
-        print_units(rows, names)
+        print_units(rows, names, runs)
+    print_certainty([row for row in methods.get("flex", ()) if "certainty" in row], names)
 
 
-def print_methods(rows: list[dict], names: list[str]) -> None:
+def print_methods(scenario: tuple, methods: dict[str, list[dict]], names: list[str]) -> None:
     """A line for each method, with the paper's figure where the data are real."""
+    *scenario, data = scenario
     table = [["method", "tuned", "validation", "test", "paper", "epochs", "seconds"]]
-    for method in dict.fromkeys(row["method"] for row in rows):
-        mine = [row for row in rows if row["method"] == method]
-        first = mine[0]
-        worse = any(row["val"] < row["history"][0][1] for row in mine)
-        published = paper(first["source"], first["target"], first["ratio"], method)
+    for method, rows in methods.items():
+        worse = any(row["val"] < row["history"][0][1] for row in rows)
+        published = paper(*scenario, method)
         table.append(
             [
-                method + "*" * worse + "!" * any(row["diverged"] for row in mine),
-                tuned(mine, names),
-                *(mean([row[key] for row in mine]) for key in ("val", "test")),
+                method + "*" * worse + "!" * any(row["diverged"] for row in rows),
+                tuned(rows, names),
+                *(mean([row[key] for row in rows]) for key in ("val", "test")),
                 f"{published:.3f}" if published else "not published",
-                f"{statistics.mean(row['epochs'] for row in mine):.0f}",
-                f"{statistics.mean(row['seconds'] for row in mine):.1f}",
+                f"{average(rows, 'epochs'):.0f}",
+                f"{average(rows, 'seconds'):.1f}",
             ]
         )
-    if rows[0]["data"] != "real":
+    if data != "real":
         table = [line[:4] + line[5:] for line in table]
     print_columns(table, left=2)
     marks = "".join(line[0][-2:] for line in table)
@@ -444,29 +678,53 @@ def print_methods(rows: list[dict], names: list[str]) -> None:
         print("! diverged, in a run or more: its network is from before that")
 
 
-def print_units(rows: list[dict], names: list[str]) -> None:
+def print_units(rows: list[dict], names: list[str], runs: int) -> None:
     """A line for each candidate: its accuracies, and which algorithms chose it (how often)."""
     columns = ("validation", "test", "proxy (fast-flex)", "proxy (faster-flex)")
-    runs = len({row["run"] for row in rows})
     table = [["unit", *columns, "chosen by"]]
-    for unit, name in [*((str(n), name) for n, name in enumerate(names, 1)), ("all", "")]:
-        found = {column: {} for column in columns}  # column: run: accuracy
+    for unit in ("0", *map(str, range(1, len(names) + 1)), "all"):
+        found = {column: {} for column in columns}  # column: seed: accuracy
         chosen_by = Counter()
         for row in rows:
-            method, run = row["method"], row["run"]
+            method, seed = row["method"], row["seed"]
             if unit in row.get("proxies", ()):
-                found[f"proxy ({method})"][run] = row["proxies"][unit]
+                found[f"proxy ({method})"][seed] = row["proxies"][unit]
             # Algorithm 3 tunes all units for a single epoch: that is not ft-all.
             if unit in row.get("candidates", ()) and (unit, method) != ("all", "faster-flex"):
-                found["validation"][run] = row["candidates"][unit]["val"]
-                found["test"][run] = row["candidates"][unit]["test"]
+                found["validation"][seed] = row["candidates"][unit]["val"]
+                found["test"][seed] = row["candidates"][unit]["test"]
             chosen_by[method] += row.get("chosen") == unit
         how_often = (f"{m}" + f" ({n} of {runs})" * (runs > 1) for m, n in chosen_by.items() if n)
-        bars = (bar(list(by_run.values()), runs) for by_run in found.values())
-        table.append([f"{unit} {name}", *bars, ", ".join(how_often)])
+        bars = (bar(list(by_seed.values()), runs) for by_seed in found.values())
+        if unit != "0" or found["test"]:
+            table.append([named(unit, names), *bars, ", ".join(how_often)])
     used = [column for column in zip(*table) if set(column[1:]) != {"-"}]
     print()
     print_columns([*zip(*used)], left=len(used))
+
+
+def print_certainty(rows: list[dict], names: list[str]) -> None:
+    """How sure flex's choice is, in each run."""
+    for row in rows:
+        sure, run = row["certainty"], f", seed {row['seed']}" * (len(rows) > 1)
+        chosen, other = (named(unit, names) for unit in (row["chosen"], sure["runner_up"]))
+        print(
+            f"flex{run}: {chosen} leads {other} by {sure['lead']:.3f} ± {sure['error']:.3f}", end=""
+        )
+        print(" on the validation set (standard error, paired)")
+    if rows:
+        print(
+            f"With probability {1 - DELTA:.0%} every candidate's expected accuracy is within "
+            f"{rows[0]['certainty']['bound']:.3f} of its validation\naccuracy (Hoeffding, and a "
+            "union over the candidates; but each one's epoch was chosen on the same images)."
+        )
+
+
+def named(unit: str, names: list[str]) -> str:
+    """A candidate by number and name."""
+    if unit == "all":
+        return unit
+    return f"{unit} {names[int(unit) - 1]}" if unit != "0" else "0 image-to-image"
 
 
 def tuned(rows: list[dict], names: list[str]) -> str:
@@ -477,7 +735,7 @@ def tuned(rows: list[dict], names: list[str]) -> str:
             return f"{len(names)} {names[-1]}, scales"
         if len(row["units"]) == len(names):
             return "all"
-        return ", ".join(f"{unit} {names[unit - 1]}" for unit in row["units"]) or "-"
+        return ", ".join(named(str(unit), names) for unit in row["units"]) or "-"
 
     labels = Counter(map(label, rows)).most_common()
     return "; ".join(text + f" ({n})" * (len(labels) > 1) for text, n in labels)
@@ -506,6 +764,286 @@ def print_columns(table: list[list[str]], left: int) -> None:
             for place, (cell, width) in enumerate(zip(line, widths))
         ]
         print("  ".join(cells).rstrip())
+
+
+# ---------------------------------------------------------------- the paper's tables
+
+
+FORMULAS = {  # Table 1: the cost of a method, from L, E_one, c_one, E_all, c_all
+    "flex": (
+        "L E_one c_one + E_all c_all",
+        lambda n, e, c, e_all, c_all: n * e * c + e_all * c_all,
+    ),
+    "fast-flex": ("E_one c_one + E_all c_all", lambda n, e, c, e_all, c_all: e * c + e_all * c_all),
+    "faster-flex": ("E_one c_one + c_all", lambda n, e, c, e_all, c_all: e * c + c_all),
+    "ft-fc-1": ("E_one c_one", lambda n, e, c, e_all, c_all: e * c),
+    "ft-all": ("E_all c_all", lambda n, e, c, e_all, c_all: e_all * c_all),
+}
+
+
+def print_table_1(groups: Groups) -> None:
+    """Per network: what each method cost, and what the formula makes of E and c as measured."""
+    for (source, network, _, data), part in by_network(groups).items():
+        by_method = defaultdict(list)
+        for methods in part.values():
+            for method, rows in methods.items():
+                by_method[method] += rows
+        flex = by_method["flex"]
+        if not flex:
+            continue
+        candidates = [dict(row["candidates"]) for row in flex]
+        whole = [one.pop("all") for one in candidates]
+        single = [result for one in candidates for result in one.values()]
+        e_one, e_all = average(single, "epochs"), average(whole, "epochs")
+        c_one, c_all = (
+            average(kind, "seconds") / e for kind, e in ((single, e_one), (whole, e_all))
+        )
+        units = len(candidates[0])
+        print(f"\nTable 1, {source}, {network} network, mean of {len(flex)} runs; {label(data)}")
+        print(f"L = {units}, E_one = {e_one:.1f} epochs, c_one = {c_one:.3f} s", end=", ")
+        print(f"E_all = {e_all:.1f} epochs, c_all = {c_all:.3f} s")
+        table = [["method", "formula", "by formula, s", "measured, s", "epochs", "s per epoch"]]
+        for method, (formula, cost) in FORMULAS.items():
+            if rows := by_method[method]:
+                epochs, seconds = average(rows, "epochs"), average(rows, "seconds")
+                figures = cost(units, e_one, c_one, e_all, c_all), seconds, epochs
+                per_epoch = f"{seconds / epochs:.3f}"
+                table.append([method, formula, *(f"{a:.1f}" for a in figures), per_epoch])
+        print_columns(table, left=2)
+
+
+def print_table_3(groups: Groups) -> None:
+    """Test accuracy of each method, and where the paper published figures, those and the gap."""
+    for (source, network, top_k, data), part in by_network(groups).items():
+        methods = [*SELECTIONS, *(b for b in BASELINES if any(b in rows for rows in part.values()))]
+        print(f"\nTable 3, {source}, {network} network, top-{top_k} test accuracy; {label(data)}")
+        table = [["target, ratio", "source", *methods]]
+        for scenario, rows in part.items():
+            _, target, ratio, _ = scenario
+            columns = ["source", *methods]
+            ours = {m: average(rows[m]) for m in columns if m in rows}
+            cells = [mean([row["test"] for row in rows[m]]) if m in rows else "-" for m in columns]
+            marked = (cell + stars(m, ours, scenario) for m, cell in zip(columns, cells))
+            table.append([f"{target}, {ratio}", *marked])
+            if data != "real" or scenario[:3] not in TABLE_3:
+                continue
+            theirs = {m: paper(*scenario[:3], m) for m in columns}
+            theirs = {m: a for m, a in theirs.items() if a}
+            cells = (
+                f"{theirs[m]:.3f}{stars(m, theirs, scenario)}" if m in theirs else ""
+                for m in columns
+            )
+            table.append(["  paper", *cells])
+            gaps = {m: f"{ours[m] - theirs[m]:+.3f} " for m in ours.keys() & theirs.keys()}
+            table.append(["  difference", *(gaps.get(m, "") for m in columns)])
+        print_columns(table, left=1)
+        print("* better than every baseline (ft-)")
+
+
+def stars(method: str, figures: dict[str, float], scenario: tuple) -> str:
+    """A star where a selection method beats all baselines, in the three decimals of Table 3."""
+    needed = [b for b in methods_of(SCENARIOS[scenario[:2]]) if b in BASELINES]
+    if method not in SELECTIONS or not figures.keys() >= {*needed}:
+        return " "
+    return "*" if round(figures[method], 3) > max(round(figures[b], 3) for b in needed) else " "
+
+
+def print_tally(groups: Groups) -> None:
+    """How often each method is best; ties, in three decimals, count for every tied method."""
+    for kind in ("real", "built-in"):
+        best, complete = Counter(), 0
+        for (source, target, _, data), rows in groups.items():
+            needed = [m for m in methods_of(SCENARIOS[source, target]) if m != "source"]
+            if data == kind and rows.keys() >= {*needed}:
+                figures = {m: round(average(rows[m]), 3) for m in needed}
+                best.update(m for m in needed if figures[m] == max(figures.values()))
+                complete += 1
+        if complete:
+            counts = ", ".join(f"{m} {best[m]}" for m in (*SELECTIONS, *BASELINES))
+            print(f"\nbest method, of {complete} scenarios, ties for each: {counts}; {label(kind)}")
+            if kind == "real":
+                print("the paper, of 72: " + ", ".join(f"{m} {n}" for m, n in TALLY.items()))
+
+
+def print_table_4(groups: Groups) -> None:
+    """AP@10 of target images in the source's validation images, for the methods that have it."""
+    for (source, network, _, data), part in by_network(groups).items():
+        table = [["target, ratio", *RETRIEVAL]]
+        for scenario, methods in part.items():
+            _, target, ratio, _ = scenario
+            rows = {m: [row for row in methods.get(m, ()) if "retrieval" in row] for m in RETRIEVAL}
+            values = {
+                m: mean([row["retrieval"] for row in mine]) for m, mine in rows.items() if mine
+            }
+            if values:
+                table.append([f"{target}, {ratio}", *(values.get(m, "-") for m in RETRIEVAL)])
+            if values and data == "real" and target in TABLE_4 and ratio in (12, 20):
+                table.append(["  paper", *(f"{TABLE_4[target][m]:.2f}" for m in RETRIEVAL)])
+        if len(table) > 1:
+            print(f"\nTable 4, {source}, {network} network, mean AP@10; {label(data)}")
+            print_columns(table, left=1)
+
+
+def print_image_to_image(groups: Groups) -> None:
+    """What the image-to-image unit does as a further candidate of flex (section 5.4)."""
+    table = [["scenario", "unit 0", "flex without it", "flex with it", "chosen", "data"]]
+    for (source, target, ratio, data), methods in groups.items():
+        if not (rows := methods.get("flex-i2i")):
+            continue
+        own = [row["candidates"]["0"]["test"] for row in rows]
+        without = [best_without(row["candidates"])["test"] for row in rows]
+        chosen = sum(row["chosen"] == "0" for row in rows)
+        accuracies = (mean(values) for values in (own, without, [row["test"] for row in rows]))
+        kind = image_to_image(target).__name__
+        title = f"{source} -> {target}, {ratio}, {kind}"
+        table.append([title, *accuracies, f"{chosen} of {len(rows)}", data])
+    if len(table) > 1:
+        print("\nThe image-to-image unit (section 5.4), test accuracy")
+        print_columns(table, left=1)
+
+
+def best_without(candidates: dict[str, dict]) -> dict:
+    """What flex chooses where there is no candidate 0."""
+    return max((one for unit, one in candidates.items() if unit != "0"), key=lambda one: one["val"])
+
+
+def shades_and_picks(groups: Groups) -> dict:
+    """Figure 2: by (source, network, data), and by target, the units' shades and the picks.
+
+    The units are ranked by test accuracy at each ratio; a shade is the sum of the ranks, of which
+    1 is the largest. `picks` has for each method the columns, from 0, that it chose in most runs
+    of a ratio, fast-flex before its line 10; the column after the last unit is "all".
+    """
+    panels = defaultdict(dict)
+    for (source, target, _, data), methods in groups.items():
+        if "flex" not in methods:
+            continue
+        *units, _ = columns = [*methods["flex"][0]["candidates"]]
+        network = SCENARIOS[source, target].network
+        sums, picks = panels[source, network, data].setdefault(
+            target, ([0] * len(units), {method: set() for method in SELECTIONS})
+        )
+        tests = [average([row["candidates"][u] for row in methods["flex"]]) for u in units]
+        sums[:] = [total + sum(a > b for b in tests) for total, a in zip(sums, tests)]
+        for method in SELECTIONS:
+            field = "best" if method == "fast-flex" else "chosen"
+            for unit, _ in Counter(row[field] for row in methods.get(method, ())).most_common(1):
+                picks[method].add(columns.index(unit))
+    return {
+        panel: {
+            target: ([total / max(1, *sums) for total in sums], picks)
+            for target, (sums, picks) in targets.items()
+        }
+        for panel, targets in panels.items()
+    }
+
+
+MARKS = {"flex": "F", "fast-flex": "f", "faster-flex": "s"}
+
+
+def print_figure_2(groups: Groups) -> None:
+    """Figure 2 in letters: a line for each target, a column for each unit."""
+    panels = shades_and_picks(groups)
+    for (source, network, data), targets in panels.items():
+        print(f"\nFigure 2, {source}, {network} network; {label(data)}")
+        table = []
+        for target, (shades, picks) in targets.items():
+            cells = [" .:+#"[round(4 * shade)] * 3 for shade in shades] + [""]
+            for method, mark in MARKS.items():
+                for column in picks[method]:
+                    cells[column] += mark
+            table.append([target, *cells])
+        heads = ["", *map(str, range(1, len(table[0]) - 1)), "all"]
+        print_columns([heads, *table], left=len(heads))
+    if panels:
+        print(
+            "darker: better on the test images, ranks summed over the ratios; picks at any ratio:"
+        )
+        print("F flex, f fast-flex before line 10, s faster-flex")
+
+
+# ---------------------------------------------------------------- figures
+
+
+def draw_figures(groups: Groups, folder: Path) -> None:
+    """Figures 1, 2 and 3 as PNG files, from the result rows alone. Raises OSError."""
+    for name, figure in (*figures_1(groups), *figures_2(groups), *figures_3(groups)):
+        figure.savefig(folder / f"{name}.png", dpi=150)
+        print(folder / f"{name}.png")
+
+
+def canvas(width: float, height: float, rows: int = 1, columns: int = 1):
+    """A figure of matplotlib's, in inches, and its axes [rows, columns]."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def figures_1(groups: Groups):
+    """For each target: accuracies of each candidate, a line per ratio, flex's pick marked."""
+    targets = defaultdict(dict)
+    for (source, target, ratio, data), methods in groups.items():
+        if "flex" in methods:
+            targets[source, target, data][ratio] = methods["flex"]
+    for (source, target, data), ratios in targets.items():
+        figure, ((axes,),) = canvas(6, 4)
+        names = [*unit_names(SCENARIOS[source, target]), "all"]
+        for number, (ratio, rows) in enumerate(ratios.items()):
+            units, color = [*rows[0]["candidates"]], f"C{number}"
+            val, test = (
+                [average([row["candidates"][unit] for row in rows], split) for unit in units]
+                for split in ("val", "test")
+            )
+            axes.plot(names, val, "-", color=color, label=f"ratio {ratio}")
+            axes.plot(names, test, "--", color=color)
+            ((pick, _),) = Counter(row["chosen"] for row in rows).most_common(1)
+            axes.plot(units.index(pick), val[units.index(pick)], "v", color="blue", markersize=9)
+        axes.set(title=f"{source} → {target}, {data} data", ylabel="accuracy")
+        axes.tick_params(axis="x", rotation=45)
+        axes.legend(title="validation –, test - -, pick ▼", fontsize="small")
+        yield f"figure-1-{source}-{target}-{data}", figure
+
+
+def figures_2(groups: Groups):
+    """For each network and target: the units' shades, and the picks as triangles."""
+    panels = shades_and_picks(groups)
+    if not panels:
+        return
+    figure, axes = canvas(7, 3 * len(panels), len(panels))
+    for ((source, network, data), targets), (ax,) in zip(panels.items(), axes):
+        shades = [[*shades, 0] for shades, _ in targets.values()]
+        ax.imshow(shades, cmap="Greys", vmin=0, vmax=1.5, aspect="auto")
+        for place, (method, color) in enumerate(zip(SELECTIONS, ("blue", "green", "red"))):
+            picked = [
+                (x, y) for y, (_, picks) in enumerate(targets.values()) for x in picks[method]
+            ]
+            x, y = [x + place / 4 - 0.25 for x, _ in picked], [y for _, y in picked]
+            ax.plot(x, y, "^", color=color, label=method)
+        names = unit_names(SCENARIOS[source, next(iter(targets))])
+        ax.set_yticks(range(len(targets)), targets)
+        ax.set_xticks(range(len(names) + 1), [*names, "all"], rotation=45)
+        ax.set_title(f"{source}, {network} network, {data} data")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    yield "figure-2", figure
+
+
+def figures_3(groups: Groups):
+    """For each target, at its largest ratio: images before and after the image-to-image unit."""
+    last = {(*s[:2], s[3]): m["flex-i2i"][0] for s, m in groups.items() if "flex-i2i" in m}
+    if not last:
+        return
+    shape = next(iter(last.values()))["pairs"]["shape"]
+    figure, axes = canvas(1.8 * shape[0], 1.1 * len(last), len(last), shape[0])
+    for ((source, target, data), row), line in zip(last.items(), axes):
+        pixels = bytearray(zlib.decompress(base64.b64decode(row["pairs"]["zlib"])))
+        images = torch.frombuffer(pixels, dtype=torch.uint8).view(row["pairs"]["shape"])
+        for ax, (before, after) in zip(line, images):
+            ax.imshow(torch.cat([before, after], 1))
+            ax.set_axis_off()
+        title = f"{source} → {target}, ratio {row['ratio']}, {data} data"
+        line[0].set_title(title, fontsize="x-small", loc="left")
+    yield "figure-3", figure
 
 
 # ---------------------------------------------------------------- command line
@@ -538,6 +1076,9 @@ def device(text: str) -> str:
     return text
 
 
+TABLES = {1: print_table_1, 3: print_table_3, 4: print_table_4}
+
+
 def parser() -> Parser:
     result = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = result.add_argument
@@ -563,6 +1104,26 @@ def parser() -> Parser:
     )
     add("--seed", type=int, default=0, help="of the first run, the next ones count up from it")
     add(
+        "--max-epochs",
+        type=positive,
+        metavar="N",
+        help="end every fine-tuning after N epochs, if it has not stopped before",
+    )
+    add(
+        "--image-to-image",
+        action="store_true",
+        help="also flex with an image-to-image unit before the network as a further candidate",
+    )
+    add(
+        "--table",
+        nargs="+",
+        type=int,
+        choices=TABLES,
+        default=[],
+        help="print these tables of the paper; default: 3 where no --target is given",
+    )
+    add("--figures", type=Path, metavar="DIR", help="draw the paper's figures (needs matplotlib)")
+    add(
         "--data",
         metavar="DIR",
         help="folder of the real data, or builtin; default: data/, else the built-in images",
@@ -573,7 +1134,8 @@ def parser() -> Parser:
         type=Path,
         default=Path("results"),
         metavar="DIR",
-        help="folder of results.jsonl and the source networks; default: results",
+        help="folder of results.jsonl and the source networks; default: results. A run whose result "
+        "is there is not run again",
     )
     add(
         "--save",
@@ -627,7 +1189,7 @@ def locate(source: str, target: str, data: str | None) -> Path | None:
         return None
     root = Path(data or "data")
     try:
-        shifts.provide(source, target, root, Progress(1).part)
+        shifts.provide(source, target, root, Progress([1]).part)
         return root
     except shifts.MissingError as error:
         if data:
@@ -639,73 +1201,141 @@ def locate(source: str, target: str, data: str | None) -> Path | None:
     return None
 
 
-def run_scenarios(args, pairs: list[tuple[str, str]]) -> None:
-    """Run, record and print every scenario asked for."""
-    plan = [
-        (pair, ratio, args.runs or (20 if ratio == SCENARIOS[pair].ratios[0] else 1))
-        for pair in pairs
-        for ratio in sorted(set(args.ratio or SCENARIOS[pair].ratios))
-    ]
+def check_options(args) -> None:
+    """What is missing or cannot be written is better found now than after the training."""
     if args.data not in (None, "builtin") and not Path(args.data).is_dir():
         raise UsageError(f"--data: there is no folder {args.data}; for the drawn images: builtin")
     if args.save and args.save.is_dir():
         raise UsageError(f"--save takes the name of a file, and {args.save} is a folder")
-    if args.save and sum(runs for *_, runs in plan) > 1:
-        raise UsageError("--save keeps one network: give one --target, one --ratio and --runs 1")
-    # What is missing or cannot be written is better found now than after the training.
-    results = args.out / "results.jsonl"
-    for folder in (args.out, args.save.parent if args.save else args.out):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    append([], results)
-    if args.data != "builtin":
-        for pair in pairs:
+    for folder in (args.out, args.figures, args.save and args.save.parent):
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+    append([], args.out)
+    if args.figures:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise UsageError("--figures needs matplotlib: pip install matplotlib") from None
+
+
+def runs_of(pair: tuple[str, str], root: Path | None, args) -> list[Run]:
+    """The scenario-runs of a scenario that are asked for, with their data in `root`."""
+    family = Run(pair, 0, root, Settings(), ()).family
+    methods = methods_of(family, args.methods) + ["flex-i2i"] * args.image_to_image
+    settings = replace(family.tuning, device=args.device)
+    if args.max_epochs:
+        settings = replace(settings, max_epochs=min(settings.max_epochs, args.max_epochs))
+    return [
+        Run(pair, ratio, root, replace(settings, seed=args.seed + number), tuple(methods))
+        for ratio in sorted(set(args.ratio or family.ratios))
+        for number in range(args.runs or (20 if ratio == family.ratios[0] else 1))
+    ]
+
+
+def missing(run: Run, rows: dict[str, dict], args) -> Run | None:
+    """The run with those of its methods that have no result, or None if all have."""
+    retrieval = RETRIEVAL if 4 in args.table and has_gallery(run) else ()
+
+    def there(method):
+        row = rows.get(key(run.head(method)), ())
+        return row and (method not in retrieval or "retrieval" in row)
+
+    left = tuple(m for m in run.methods if args.save or not there(m))
+    return replace(run, methods=left) if left else None
+
+
+def plan(args, pairs: list[tuple[str, str]]) -> tuple[list[Run], list[Run]]:
+    """All scenario-runs asked for, and what is still to be run of them.
+
+    Data are looked for, and downloaded, only where something is to be run.
+    """
+    wanted, rows = [], read(args.out)
+    for pair in pairs:
+        if args.data != "builtin":
             shifts.check(*pair)
-    roots, networks = {pair: locate(*pair, args.data) for pair in pairs}, {}
-    methods = {pair: methods_of(SCENARIOS[pair], args.methods) for pair in pairs}
-    steps = {pair: trainings(methods[pair], SCENARIOS[pair]) for pair in pairs}
-    progress = Progress(sum(runs * steps[pair] for pair, _, runs in plan))
-    for pair, ratios in itertools.groupby(plan, key=lambda step: step[0]):
-        paused, root, family = time.perf_counter(), roots[pair], SCENARIOS[pair]
-        ratios = list(ratios)
-        domain = None  # before the next: one in memory at a time
-        domain = shifts.load(*pair, root, Progress(1).part)
+    for pair in pairs:
+        root = None if args.data == "builtin" else Path(args.data or "data")
+        runs = runs_of(pair, root, args)
+        if any(not rows.keys() >= {key(run.head(m)) for m in run.methods} for run in runs):
+            runs = runs_of(pair, locate(*pair, args.data), args)
+        wanted += runs
+    todo = [left for run in wanted if (left := missing(run, rows, args))]
+    if args.save and len(todo) > 1:
+        raise UsageError("--save keeps one network: give one --target, one --ratio and --runs 1")
+    if len(todo) < len(wanted):
+        done = len(wanted) - len(todo)
+        print(f"{done} of {len(wanted)} runs are in {args.out} and not run again (--out, --seed)")
+    return wanted, todo
+
+
+def run_scenarios(args, pairs: list[tuple[str, str]]) -> None:
+    """Run and record what has no result yet, in this rank's share, and show all results."""
+    check_options(args)
+    wanted, todo = from_rank_0(lambda: plan(args, pairs))
+    if RANKS > 1:
+        for number, run in enumerate({run.pair[0]: run for run in todo}.values()):
+            if number % RANKS == RANK:
+                source_network(run, args.out)
+        wait_for_all("pretrained")
+    costs = [run.trainings() for run in todo]
+    progress = Progress([cost for each in costs for cost in each])
+    loaded, networks, galleries = None, {}, {}
+    for number in shared(len(todo)):
+        run, paused = todo[number], time.perf_counter()
+        if 4 in args.table and has_gallery(run) and (run.family, run.root) not in galleries:
+            galleries[run.family, run.root] = source_gallery(run)
+        if loaded != (run.pair, run.root):
+            domain, loaded = None, (run.pair, run.root)  # one in memory at a time
+            domain = shifts.load(*run.pair, run.root, Progress([1]).part)
+            largest = max(other.ratio for other in todo if other.pair == run.pair)
+            shifts.draw_size(domain["pool"][1], largest)  # is there that much?
         clear_line()
-        shifts.draw_size(domain["pool"][1], max(ratio for _, ratio, _ in ratios))  # too large?
-        if (family, root) not in networks:
-            networks[family, root] = source_network(family, root, args.out, args.device)
+        if (run.family, run.root) not in networks:
+            networks[run.family, run.root] = source_network(run, args.out)
         progress.start += time.perf_counter() - paused
-        tuning = family.tuning if root else family.stand_in or family.tuning
-        for _, ratio, runs in ratios:
-            rows = []
-            for number in range(1, runs + 1):
-                ends_at = progress.done + steps[pair]
-                settings = replace(tuning, seed=args.seed + number - 1, device=args.device)
-                scenario = {
-                    "source": family.source,
-                    "target": pair[1],
-                    "ratio": ratio,
-                    "run": number,
-                    "seed": settings.seed,
-                    "data": "real" if root else "built-in",
-                }
-                net = networks[family, root]
-                new, nets = run(scenario, methods[pair], net, domain, settings, progress)
-                append(new, results)
-                rows += new
-                progress.done = ends_at
-            clear_line()
-            print_scenario(rows)
-    print(f"\nevery figure, candidate and history: {results}")
+        progress.done = sum(map(len, costs[:number]))
+        gallery = galleries.get((run.family, run.root))
+        rows, nets = execute(run, networks[run.family, run.root], domain, gallery, progress)
+        append(rows, args.out)
+    clear_line()
+    wait_for_all("finished")
+    if RANK:
+        return
+    rows = read(args.out)
+    show(args, grouped([rows[key(run.head(m))] for run in wanted for m in run.methods]))
+    print(f"\nevery figure, candidate and history: {args.out / 'results.jsonl'}")
     if args.save:
         method = "flex" if "flex" in nets else [*nets][-1]
         save(nets[method].state_dict(), args.save)
         print(f"the network of {method} is in {args.save}")
 
 
+def show(args, groups: Groups) -> None:
+    """The scenarios of a --target each by itself, the tables and figures asked for."""
+    if args.target:
+        for scenario, methods in groups.items():
+            print_scenario(scenario, methods)
+    for number in args.table or [3] * (not args.target):
+        TABLES[number](groups)
+    if not args.target:
+        print_tally(groups)
+        print_figure_2(groups)
+    if args.image_to_image:
+        print_image_to_image(groups)
+    if args.figures:
+        draw_figures(groups, args.figures)
+
+
 def main(argv: list[str] | None = None) -> None:
     parse = parser()
     args = parse.parse_args(argv)
+    if RANK:
+        sys.stdout = None  # rank 0 speaks
+    if "WORLD_SIZE" in os.environ and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # a sum depends on the threads: the same for any number of ranks
+    if args.device is None and torch.cuda.is_available() and RANKS > 1:
+        args.device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     try:
         pairs = scenarios(args)
         if args.list:
