@@ -32,6 +32,7 @@ from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -113,6 +114,13 @@ FAMILIES = (
     ),
 )
 SCENARIOS = {(family.source, target): family for family in FAMILIES for target in family.targets}
+
+
+def family_of(pair: tuple[str, str], root: Path | None) -> Family:
+    """The family of a scenario (source, target), with the data in `root` or built-in."""
+    family = SCENARIOS[pair]
+    return family if root else replace(family, **family.built_in)
+
 
 BASELINES = {
     "ft-fc-1": partial(flextune.ft_fc, n=1),
@@ -335,8 +343,7 @@ class Run:
 
     @property
     def family(self) -> Family:
-        family = SCENARIOS[self.pair]
-        return family if self.root else replace(family, **family.built_in)
+        return family_of(self.pair, self.root)
 
     def head(self, method: str) -> dict:
         """What a result row begins with, and is known by."""
@@ -398,6 +405,7 @@ class Once:
 
 
 RETRIEVAL = ("ft-fc-1", "ft-all", "flex")  # the methods of Table 4
+DELTA = 0.05  # how improbable it is that a candidate is outside the bound of `certainty`
 
 
 def execute(run: Run, net: nn.Sequential, domain, gallery, progress: Progress):
@@ -446,9 +454,6 @@ def execute(run: Run, net: nn.Sequential, domain, gallery, progress: Progress):
         rows.append(row)
         nets[method] = result.net
     return rows, nets
-
-
-DELTA = 0.05  # how improbable it may be that a candidate is outside the bound of `certainty`
 
 
 def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -582,12 +587,10 @@ def read(out: Path) -> dict[str, dict]:
 
 def key(row: dict) -> str:
     """What makes a result: its scenario-run, method and settings, on whichever device."""
-    settings = {name: row["settings"][name] for name in row["settings"].keys() - NO_MATTER}
+    no_matter = {"device", "cache_bytes"}
+    settings = {name: row["settings"][name] for name in row["settings"].keys() - no_matter}
     head = [row[name] for name in ("source", "target", "ratio", "seed", "data", "method")]
     return json.dumps([*head, settings], sort_keys=True)
-
-
-NO_MATTER = {"device", "cache_bytes"}  # settings that change no result
 
 
 def save(content, path: Path) -> None:
@@ -769,15 +772,12 @@ def print_columns(table: list[list[str]], left: int) -> None:
 # ---------------------------------------------------------------- the paper's tables
 
 
-FORMULAS = {  # Table 1: the cost of a method, from L, E_one, c_one, E_all, c_all
-    "flex": (
-        "L E_one c_one + E_all c_all",
-        lambda n, e, c, e_all, c_all: n * e * c + e_all * c_all,
-    ),
-    "fast-flex": ("E_one c_one + E_all c_all", lambda n, e, c, e_all, c_all: e * c + e_all * c_all),
-    "faster-flex": ("E_one c_one + c_all", lambda n, e, c, e_all, c_all: e * c + c_all),
-    "ft-fc-1": ("E_one c_one", lambda n, e, c, e_all, c_all: e * c),
-    "ft-all": ("E_all c_all", lambda n, e, c, e_all, c_all: e_all * c_all),
+FORMULAS = {  # Table 1, of L, E_one c_one, E_all c_all and c_all
+    "flex": ("L E_one c_one + E_all c_all", lambda n, one, whole, epoch: n * one + whole),
+    "fast-flex": ("E_one c_one + E_all c_all", lambda n, one, whole, epoch: one + whole),
+    "faster-flex": ("E_one c_one + c_all", lambda n, one, whole, epoch: one + epoch),
+    "ft-fc-1": ("E_one c_one", lambda n, one, whole, epoch: one),
+    "ft-all": ("E_all c_all", lambda n, one, whole, epoch: whole),
 }
 
 
@@ -794,19 +794,19 @@ def print_table_1(groups: Groups) -> None:
         candidates = [dict(row["candidates"]) for row in flex]
         whole = [one.pop("all") for one in candidates]
         single = [result for one in candidates for result in one.values()]
-        e_one, e_all = average(single, "epochs"), average(whole, "epochs")
-        c_one, c_all = (
-            average(kind, "seconds") / e for kind, e in ((single, e_one), (whole, e_all))
+        (e_one, one), (e_all, every) = (
+            (average(kind, "epochs"), average(kind, "seconds")) for kind in (single, whole)
         )
-        units = len(candidates[0])
-        print(f"\nTable 1, {source}, {network} network, mean of {len(flex)} runs; {label(data)}")
-        print(f"L = {units}, E_one = {e_one:.1f} epochs, c_one = {c_one:.3f} s", end=", ")
+        units, c_all = len(candidates[0]), every / e_all
+        print(f"\nTable 1, {source}, {network} network, mean of {len(flex)} runs")
+        print(label(data))
+        print(f"L = {units}, E_one = {e_one:.1f} epochs, c_one = {one / e_one:.3f} s", end=", ")
         print(f"E_all = {e_all:.1f} epochs, c_all = {c_all:.3f} s")
         table = [["method", "formula", "by formula, s", "measured, s", "epochs", "s per epoch"]]
         for method, (formula, cost) in FORMULAS.items():
             if rows := by_method[method]:
                 epochs, seconds = average(rows, "epochs"), average(rows, "seconds")
-                figures = cost(units, e_one, c_one, e_all, c_all), seconds, epochs
+                figures = cost(units, one, every, c_all), seconds, epochs
                 per_epoch = f"{seconds / epochs:.3f}"
                 table.append([method, formula, *(f"{a:.1f}" for a in figures), per_epoch])
         print_columns(table, left=2)
@@ -816,7 +816,8 @@ def print_table_3(groups: Groups) -> None:
     """Test accuracy of each method, and where the paper published figures, those and the gap."""
     for (source, network, top_k, data), part in by_network(groups).items():
         methods = [*SELECTIONS, *(b for b in BASELINES if any(b in rows for rows in part.values()))]
-        print(f"\nTable 3, {source}, {network} network, top-{top_k} test accuracy; {label(data)}")
+        print(f"\nTable 3, {source}, {network} network, top-{top_k} test accuracy")
+        print(label(data))
         table = [["target, ratio", "source", *methods]]
         for scenario, rows in part.items():
             _, target, ratio, _ = scenario
@@ -859,29 +860,34 @@ def print_tally(groups: Groups) -> None:
                 best.update(m for m in needed if figures[m] == max(figures.values()))
                 complete += 1
         if complete:
-            counts = ", ".join(f"{m} {best[m]}" for m in (*SELECTIONS, *BASELINES))
-            print(f"\nbest method, of {complete} scenarios, ties for each: {counts}; {label(kind)}")
+            print(
+                f"\nhow often each method is best in {complete} scenarios, ties counting for each"
+            )
+            print(label(kind))
+            print(", ".join(f"{m} {best[m]}" for m in (*SELECTIONS, *BASELINES)))
             if kind == "real":
                 print("the paper, of 72: " + ", ".join(f"{m} {n}" for m, n in TALLY.items()))
 
 
 def print_table_4(groups: Groups) -> None:
-    """AP@10 of target images in the source's validation images, for the methods that have it."""
+    """AP@10 of the target's test images in the source's validation images."""
     for (source, network, _, data), part in by_network(groups).items():
+        print(f"\nTable 4, {source}, {network} network, mean AP@10")
+        print(label(data))
         table = [["target, ratio", *RETRIEVAL]]
-        for scenario, methods in part.items():
-            _, target, ratio, _ = scenario
-            rows = {m: [row for row in methods.get(m, ()) if "retrieval" in row] for m in RETRIEVAL}
-            values = {
-                m: mean([row["retrieval"] for row in mine]) for m, mine in rows.items() if mine
-            }
-            if values:
-                table.append([f"{target}, {ratio}", *(values.get(m, "-") for m in RETRIEVAL)])
-            if values and data == "real" and target in TABLE_4 and ratio in (12, 20):
+        for (_, target, ratio, _), methods in part.items():
+            found = [
+                [row["retrieval"] for row in methods.get(m, ()) if "retrieval" in row]
+                for m in RETRIEVAL
+            ]
+            table.append(
+                [f"{target}, {ratio}", *(mean(values) if values else "-" for values in found)]
+            )
+            if data == "real" and target in TABLE_4 and ratio in (12, 20):
                 table.append(["  paper", *(f"{TABLE_4[target][m]:.2f}" for m in RETRIEVAL)])
-        if len(table) > 1:
-            print(f"\nTable 4, {source}, {network} network, mean AP@10; {label(data)}")
-            print_columns(table, left=1)
+        print_columns(table, left=1)
+        if any("-" in line for line in table):
+            print("- not run, or the source's images are not there: PACS is sought in ILSVRC's")
 
 
 def print_image_to_image(groups: Groups) -> None:
@@ -945,7 +951,8 @@ def print_figure_2(groups: Groups) -> None:
     """Figure 2 in letters: a line for each target, a column for each unit."""
     panels = shades_and_picks(groups)
     for (source, network, data), targets in panels.items():
-        print(f"\nFigure 2, {source}, {network} network; {label(data)}")
+        print(f"\nFigure 2, {source}, {network} network")
+        print(label(data))
         table = []
         for target, (shades, picks) in targets.items():
             cells = [" .:+#"[round(4 * shade)] * 3 for shade in shades] + [""]
@@ -1037,9 +1044,9 @@ def figures_3(groups: Groups):
     figure, axes = canvas(1.8 * shape[0], 1.1 * len(last), len(last), shape[0])
     for ((source, target, data), row), line in zip(last.items(), axes):
         pixels = bytearray(zlib.decompress(base64.b64decode(row["pairs"]["zlib"])))
-        images = torch.frombuffer(pixels, dtype=torch.uint8).view(row["pairs"]["shape"])
+        images = torch.frombuffer(pixels, dtype=torch.uint8).view(row["pairs"]["shape"]).numpy()
         for ax, (before, after) in zip(line, images):
-            ax.imshow(torch.cat([before, after], 1))
+            ax.imshow(np.concatenate([before, after], 1))
             ax.set_axis_off()
         title = f"{source} → {target}, ratio {row['ratio']}, {data} data"
         line[0].set_title(title, fontsize="x-small", loc="left")
@@ -1201,12 +1208,14 @@ def locate(source: str, target: str, data: str | None) -> Path | None:
     return None
 
 
-def check_options(args) -> None:
+def check_options(args, pairs: list[tuple[str, str]]) -> None:
     """What is missing or cannot be written is better found now than after the training."""
     if args.data not in (None, "builtin") and not Path(args.data).is_dir():
         raise UsageError(f"--data: there is no folder {args.data}; for the drawn images: builtin")
     if args.save and args.save.is_dir():
         raise UsageError(f"--save takes the name of a file, and {args.save} is a folder")
+    if args.save and sum(len(runs_of(pair, None, args)) for pair in pairs) > 1:
+        raise UsageError("--save keeps one network: give one --target, one --ratio and --runs 1")
     for folder in (args.out, args.figures, args.save and args.save.parent):
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
@@ -1221,7 +1230,7 @@ def check_options(args) -> None:
 
 def runs_of(pair: tuple[str, str], root: Path | None, args) -> list[Run]:
     """The scenario-runs of a scenario that are asked for, with their data in `root`."""
-    family = Run(pair, 0, root, Settings(), ()).family
+    family = family_of(pair, root)
     methods = methods_of(family, args.methods) + ["flex-i2i"] * args.image_to_image
     settings = replace(family.tuning, device=args.device)
     if args.max_epochs:
@@ -1250,28 +1259,27 @@ def plan(args, pairs: list[tuple[str, str]]) -> tuple[list[Run], list[Run]]:
 
     Data are looked for, and downloaded, only where something is to be run.
     """
-    wanted, rows = [], read(args.out)
-    for pair in pairs:
-        if args.data != "builtin":
+    rows, real = read(args.out), args.data != "builtin"
+    runs = {
+        pair: runs_of(pair, Path(args.data or "data") if real else None, args) for pair in pairs
+    }
+    unfinished = [pair for pair in pairs if any(missing(run, rows, args) for run in runs[pair])]
+    if real:
+        for pair in unfinished:
             shifts.check(*pair)
-    for pair in pairs:
-        root = None if args.data == "builtin" else Path(args.data or "data")
-        runs = runs_of(pair, root, args)
-        if any(not rows.keys() >= {key(run.head(m)) for m in run.methods} for run in runs):
-            runs = runs_of(pair, locate(*pair, args.data), args)
-        wanted += runs
+        for pair in unfinished:
+            runs[pair] = runs_of(pair, locate(*pair, args.data), args)
+    wanted = [run for pair in pairs for run in runs[pair]]
     todo = [left for run in wanted if (left := missing(run, rows, args))]
-    if args.save and len(todo) > 1:
-        raise UsageError("--save keeps one network: give one --target, one --ratio and --runs 1")
     if len(todo) < len(wanted):
-        done = len(wanted) - len(todo)
-        print(f"{done} of {len(wanted)} runs are in {args.out} and not run again (--out, --seed)")
+        done = f"{len(wanted) - len(todo)} of {len(wanted)} runs"
+        print(f"{done} have their results in {args.out} already (for others: --out or --seed)")
     return wanted, todo
 
 
 def run_scenarios(args, pairs: list[tuple[str, str]]) -> None:
     """Run and record what has no result yet, in this rank's share, and show all results."""
-    check_options(args)
+    check_options(args, pairs)
     wanted, todo = from_rank_0(lambda: plan(args, pairs))
     if RANKS > 1:
         for number, run in enumerate({run.pair[0]: run for run in todo}.values()):
