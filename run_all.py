@@ -565,8 +565,9 @@ def append(rows: list[dict], out: Path) -> None:
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
     with open(path, "a+b", buffering=0) as file:
         before = file.seek(0, os.SEEK_END)
-        if before and os.pread(file.fileno(), 1, before - 1) != b"\n":
-            text = b"\n" + text  # after a line that somebody's full disk cut
+        file.seek(max(0, before - 1))
+        if file.read(1) not in (b"", b"\n"):
+            text = b"\n" + text  # after a line that was cut
         if file.write(text) < len(text):
             file.truncate(before)
             raise OSError(f"{path}: no space left for the results")
@@ -711,15 +712,16 @@ def print_certainty(rows: list[dict], names: list[str]) -> None:
     for row in rows:
         sure, run = row["certainty"], f", seed {row['seed']}" * (len(rows) > 1)
         chosen, other = (named(unit, names) for unit in (row["chosen"], sure["runner_up"]))
-        print(
-            f"flex{run}: {chosen} leads {other} by {sure['lead']:.3f} ± {sure['error']:.3f}", end=""
-        )
-        print(" on the validation set (standard error, paired)")
+        lead = f"{sure['lead']:.3f} ± {sure['error']:.3f}"
+        print(f"flex{run}: {chosen} leads {other} by {lead} of the validation set (paired error)")
     if rows:
         print(
-            f"With probability {1 - DELTA:.0%} every candidate's expected accuracy is within "
-            f"{rows[0]['certainty']['bound']:.3f} of its validation\naccuracy (Hoeffding, and a "
-            "union over the candidates; but each one's epoch was chosen on the same images)."
+            f"With probability {1 - DELTA:.0%} all candidates' expected accuracies are within",
+            end=" ",
+        )
+        print(f"{rows[0]['certainty']['bound']:.3f} of their validation accuracies")
+        print(
+            "(Hoeffding's inequality; not counting that their epochs were chosen on the same images)."
         )
 
 
@@ -733,14 +735,14 @@ def named(unit: str, names: list[str]) -> str:
 def tuned(rows: list[dict], names: list[str]) -> str:
     """What a method tuned, by number and name; where its runs differ, each with how often."""
 
-    def label(row):
+    def what(row):
         if row["method"] == "ft-ss":
             return f"{len(names)} {names[-1]}, scales"
         if len(row["units"]) == len(names):
             return "all"
         return ", ".join(named(str(unit), names) for unit in row["units"]) or "-"
 
-    labels = Counter(map(label, rows)).most_common()
+    labels = Counter(map(what, rows)).most_common()
     return "; ".join(text + f" ({n})" * (len(labels) > 1) for text, n in labels)
 
 
@@ -770,7 +772,6 @@ def print_columns(table: list[list[str]], left: int) -> None:
 
 
 # ---------------------------------------------------------------- the paper's tables
-
 
 FORMULAS = {  # Table 1, of L, E_one c_one, E_all c_all and c_all
     "flex": ("L E_one c_one + E_all c_all", lambda n, one, whole, epoch: n * one + whole),
@@ -860,9 +861,7 @@ def print_tally(groups: Groups) -> None:
                 best.update(m for m in needed if figures[m] == max(figures.values()))
                 complete += 1
         if complete:
-            print(
-                f"\nhow often each method is best in {complete} scenarios, ties counting for each"
-            )
+            print(f"\nBest in how many of {complete} scenarios, ties counting for each")
             print(label(kind))
             print(", ".join(f"{m} {best[m]}" for m in (*SELECTIONS, *BASELINES)))
             if kind == "real":
@@ -963,10 +962,8 @@ def print_figure_2(groups: Groups) -> None:
         heads = ["", *map(str, range(1, len(table[0]) - 1)), "all"]
         print_columns([heads, *table], left=len(heads))
     if panels:
-        print(
-            "darker: better on the test images, ranks summed over the ratios; picks at any ratio:"
-        )
-        print("F flex, f fast-flex before line 10, s faster-flex")
+        print("darker: better on the test images (ranks, summed over the ratios)")
+        print("picks at any ratio: F flex, f fast-flex before line 10, s faster-flex")
 
 
 # ---------------------------------------------------------------- figures

@@ -1772,7 +1772,7 @@ def test_the_tally_counts_ties_for_each(capsys):
     unfinished = [row | {"ratio": 3} for row in rows[:-1]]
     built_in = [row | {"data": "built-in"} for row in rows]
     lines = printed(capsys, run_all.print_tally, rows + best + unfinished + built_in)
-    title = "how often each method is best in {} scenarios, ties counting for each"
+    title = "Best in how many of {} scenarios, ties counting for each"
     assert lines == [
         "",
         title.format(2),
@@ -1809,8 +1809,8 @@ def test_certainty_is_printed_with_the_choice(capsys):
     for scenario, methods in run_all.grouped([flex_row(0, TESTS, "2", certainty=sure)]).items():
         run_all.print_scenario(scenario, methods)
     out = capsys.readouterr().out
-    assert "flex: 2 conv2 leads all by 0.018 \u00b1 0.004 on the validation set" in out
-    assert "With probability 95% every candidate's expected accuracy is within 0.023" in out
+    assert "flex: 2 conv2 leads all by 0.018 \u00b1 0.004 of the validation set" in out
+    assert "With probability 95% all candidates' expected accuracies are within 0.023" in out
 
 
 def test_retrieval_for_pacs_is_in_all_of_ilsvrc_by_the_classes_of_the_head(monkeypatch, tmp_path):
