@@ -488,9 +488,9 @@ def methods_of(family: Family, asked: list[str] | None = None) -> list[str]:
     return [method for method in METHODS if method in (asked or METHODS.keys() - without)]
 
 
-def source_network(run: Run, out: Path) -> nn.Sequential:
+def source_network(family: Family, root: Path | None, out: Path, device: str | None):
     """The source network: read, or trained once on the source's images and then kept in `out`."""
-    family, name, root = run.family, run.pair[0], run.root
+    name = family.source
     if root and family.weights:
         path = root / "inception2.npz"
         print(f"{name}: {family.network}, weights from {path}")
@@ -501,7 +501,7 @@ def source_network(run: Run, out: Path) -> nn.Sequential:
     for tensor in (*domain["source"], *domain["val"]):
         made_of.update(tensor.numpy())
     path = out / f"source-{name}-{'real' if root else 'builtin'}.pt"
-    settings = replace(family.pretraining, device=run.settings.device)
+    settings = replace(family.pretraining, device=device)
     state = kept_network(path, made_of.hexdigest())
     if state is None:
         progress = Progress([1])
@@ -543,10 +543,10 @@ def has_gallery(run: Run) -> bool:
     return not run.root or source != "ilsvrc" or shifts.present(source, "yuv", run.root)[source]
 
 
-def source_gallery(run: Run) -> shifts.Data:
+def source_gallery(family: Family, root: Path | None) -> shifts.Data:
     """The source's validation images, of ILSVRC's for PACS with the classes of its head, or -1."""
-    x, y = shifts.load(run.pair[0], None, run.root)["val"]
-    if run.root and run.pair[1] in shifts.PACS:
+    x, y = shifts.load(family.source, None, root)["val"]
+    if root and family.targets[0] in shifts.PACS:
         groups = torch.full((1000,), -1)
         for label, group in enumerate(models.PACS_GROUPS.values()):
             groups[list(group)] = label
@@ -708,21 +708,21 @@ def print_units(rows: list[dict], names: list[str], runs: int) -> None:
 
 
 def print_certainty(rows: list[dict], names: list[str]) -> None:
-    """How sure flex's choice is, in each run."""
+    """How sure flex's choice is: a line for each that it made, the mean of those runs."""
+    choices = defaultdict(list)
     for row in rows:
-        sure, run = row["certainty"], f", seed {row['seed']}" * (len(rows) > 1)
-        chosen, other = (named(unit, names) for unit in (row["chosen"], sure["runner_up"]))
-        lead = f"{sure['lead']:.3f} ± {sure['error']:.3f}"
-        print(f"flex{run}: {chosen} leads {other} by {lead} of the validation set (paired error)")
+        choices[row["chosen"], row["certainty"]["runner_up"]].append(row["certainty"])
+    for units, runs in choices.items():
+        chosen, other = (named(unit, names) for unit in units)
+        lead = f"{average(runs, 'lead'):.3f} ± {average(runs, 'error'):.3f}"
+        count = f" in {len(runs)} of {len(rows)} runs" * (len(rows) > 1)
+        print(f"flex: {chosen} leads {other} by {lead}{count} (validation, paired standard error)")
     if rows:
+        bound = f"{rows[0]['certainty']['bound']:.3f} of its validation accuracy"
         print(
-            f"With probability {1 - DELTA:.0%} all candidates' expected accuracies are within",
-            end=" ",
+            f"With probability {1 - DELTA:.0%}, each candidate's expected accuracy is within {bound}"
         )
-        print(f"{rows[0]['certainty']['bound']:.3f} of their validation accuracies")
-        print(
-            "(Hoeffding's inequality; not counting that their epochs were chosen on the same images)."
-        )
+        print("(Hoeffding's inequality, as if their epochs were not chosen on the same images).")
 
 
 def named(unit: str, names: list[str]) -> str:
@@ -991,7 +991,7 @@ def figures_1(groups: Groups):
         if "flex" in methods:
             targets[source, target, data][ratio] = methods["flex"]
     for (source, target, data), ratios in targets.items():
-        figure, ((axes,),) = canvas(6, 4)
+        figure, ((axes,),) = canvas(7, 4)
         names = [*unit_names(SCENARIOS[source, target]), "all"]
         for number, (ratio, rows) in enumerate(ratios.items()):
             units, color = [*rows[0]["candidates"]], f"C{number}"
@@ -1005,7 +1005,8 @@ def figures_1(groups: Groups):
             axes.plot(units.index(pick), val[units.index(pick)], "v", color="blue", markersize=9)
         axes.set(title=f"{source} → {target}, {data} data", ylabel="accuracy")
         axes.tick_params(axis="x", rotation=45)
-        axes.legend(title="validation –, test - -, pick ▼", fontsize="small")
+        title = "validation –\ntest - -\nflex's pick ▼"
+        figure.legend(title=title, fontsize="small", loc="outside right upper")
         yield f"figure-1-{source}-{target}-{data}", figure
 
 
@@ -1278,30 +1279,31 @@ def run_scenarios(args, pairs: list[tuple[str, str]]) -> None:
     """Run and record what has no result yet, in this rank's share, and show all results."""
     check_options(args, pairs)
     wanted, todo = from_rank_0(lambda: plan(args, pairs))
+    network = cache(partial(source_network, out=args.out, device=args.device))
+    gallery = cache(source_gallery)
     if RANKS > 1:
-        for number, run in enumerate({run.pair[0]: run for run in todo}.values()):
+        sources = {(run.pair[0], run.root): run for run in todo}
+        for number, run in enumerate(sources.values()):
             if number % RANKS == RANK:
-                source_network(run, args.out)
+                network(run.family, run.root)
         wait_for_all("pretrained")
     costs = [run.trainings() for run in todo]
     progress = Progress([cost for each in costs for cost in each])
-    loaded, networks, galleries = None, {}, {}
+    loaded = None
     for number in shared(len(todo)):
         run, paused = todo[number], time.perf_counter()
-        if 4 in args.table and has_gallery(run) and (run.family, run.root) not in galleries:
-            galleries[run.family, run.root] = source_gallery(run)
+        wants_gallery = 4 in args.table and has_gallery(run)
+        searched = gallery(run.family, run.root) if wants_gallery else None
         if loaded != (run.pair, run.root):
             domain, loaded = None, (run.pair, run.root)  # one in memory at a time
             domain = shifts.load(*run.pair, run.root, Progress([1]).part)
             largest = max(other.ratio for other in todo if other.pair == run.pair)
             shifts.draw_size(domain["pool"][1], largest)  # is there that much?
         clear_line()
-        if (run.family, run.root) not in networks:
-            networks[run.family, run.root] = source_network(run, args.out)
+        net = network(run.family, run.root)
         progress.start += time.perf_counter() - paused
         progress.done = sum(map(len, costs[:number]))
-        gallery = galleries.get((run.family, run.root))
-        rows, nets = execute(run, networks[run.family, run.root], domain, gallery, progress)
+        rows, nets = execute(run, net, domain, searched, progress)
         append(rows, args.out)
     clear_line()
     wait_for_all("finished")

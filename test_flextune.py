@@ -1806,11 +1806,21 @@ def test_figure_2_sums_the_ranks_over_the_ratios(capsys):
 
 def test_certainty_is_printed_with_the_choice(capsys):
     sure = {"runner_up": "all", "lead": 0.018, "error": 0.004, "bound": 0.023}
-    for scenario, methods in run_all.grouped([flex_row(0, TESTS, "2", certainty=sure)]).items():
-        run_all.print_scenario(scenario, methods)
-    out = capsys.readouterr().out
-    assert "flex: 2 conv2 leads all by 0.018 \u00b1 0.004 of the validation set" in out
-    assert "With probability 95% all candidates' expected accuracies are within 0.023" in out
+
+    def shown(rows):
+        for scenario, methods in run_all.grouped(rows).items():
+            run_all.print_scenario(scenario, methods)
+        return capsys.readouterr().out
+
+    rows = [flex_row(0, TESTS, "2", certainty=sure)]
+    out = shown(rows)
+    assert "flex: 2 conv2 leads all by 0.018 \u00b1 0.004 (validation, paired" in out
+    assert "With probability 95%, each candidate's expected accuracy is within 0.023" in out
+    rows.append(flex_row(1, TESTS, "2", certainty=sure | {"lead": 0.020}))
+    rows.append(flex_row(2, TESTS, "3", certainty=sure | {"runner_up": "4"}))
+    out = shown(rows)
+    assert "flex: 2 conv2 leads all by 0.019 \u00b1 0.004 in 2 of 3 runs" in out
+    assert "flex: 3 fc1 leads 4 fc2 by 0.018 \u00b1 0.004 in 1 of 3 runs" in out
 
 
 def test_retrieval_for_pacs_is_in_all_of_ilsvrc_by_the_classes_of_the_head(monkeypatch, tmp_path):
@@ -1822,12 +1832,13 @@ def test_retrieval_for_pacs_is_in_all_of_ilsvrc_by_the_classes_of_the_head(monke
         return {"val": (torch.arange(8), y)}
 
     monkeypatch.setattr(shifts, "load", load)
-    run = run_all.Run(("ilsvrc", "sketch"), 2, tmp_path, FAST, ())
-    x, labels = run_all.source_gallery(run)
+    pacs, ilsvrc = (run_all.SCENARIOS["ilsvrc", target] for target in ("sketch", "yuv"))
+    x, labels = run_all.source_gallery(pacs, tmp_path)
     assert asked == [("ilsvrc", None, tmp_path)] and len(x) == 8
     assert labels.tolist() == [-1, 0, 0, 1, 3, 4, 5, -1]
-    assert torch.equal(run_all.source_gallery(replace(run, pair=("ilsvrc", "yuv")))[1], y)
-    assert torch.equal(run_all.source_gallery(replace(run, root=None))[1], y)
+    assert torch.equal(run_all.source_gallery(ilsvrc, tmp_path)[1], y)
+    assert torch.equal(run_all.source_gallery(pacs, None)[1], y)
+    run = run_all.Run(("ilsvrc", "sketch"), 2, tmp_path, FAST, ())
     assert not run_all.has_gallery(run)  # ILSVRC has to be put there
     assert run_all.has_gallery(replace(run, root=None))
 
