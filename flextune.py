@@ -141,12 +141,18 @@ def _correct(forward, x: torch.Tensor, y: torch.Tensor, top_k: int) -> torch.Ten
     """Of equal logits the first counts as larger; NaN are never right."""
     hits = []
     for images, classes in zip(x.split(CHUNK), y.split(CHUNK)):
-        logits = forward(images)  # (B, classes)
+        with _exact():
+            logits = forward(images)  # (B, classes)
         own = classes.to(logits.device)[:, None]  # (B, 1)
         a, index = logits.gather(1, own), torch.arange(logits.shape[1], device=logits.device)
         ahead = (logits > a) | ((logits == a) & (index < own))  # (B, classes)
         hits.append((ahead.sum(1) < top_k) & ~logits.isnan().any(1))
     return torch.cat(hits)
+
+
+def _exact():
+    """On CUDA, convolutions that do not vary and do not round to TF32."""
+    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 
 
 def _working_copy(net: nn.Sequential, settings: Settings, **sets: Data):
@@ -250,7 +256,8 @@ def fine_tune(
     trained = nn.ModuleList(tuned[number - 1] for number in numbers).requires_grad_(True)
     device, first = next(trained.parameters()).device, numbers[0] - 1
     frozen, rest = (nn.Sequential(*part) for part in (list(tuned)[:first], list(tuned)[first:]))
-    frozen, x_train, x_val = _run_once(frozen, load, train[0], val[0], settings.cache_bytes)
+    with _exact():
+        frozen, x_train, x_val = _run_once(frozen, load, train[0], val[0], settings.cache_bytes)
     y_train, y_val = train[1].to(x_train.device), val[1].to(x_val.device)
 
     def forward(x):
@@ -324,8 +331,7 @@ def _numbers(net: nn.Sequential, units: Units) -> tuple[int, ...]:
 def _reproducible(device: torch.device, seed: int):
     """Dropout from `seed`, the random state outside untouched; on CUDA, no kernel that varies."""
     gpus = [device] if device.type == "cuda" else []
-    exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-    with torch.random.fork_rng(devices=gpus), exact:
+    with torch.random.fork_rng(devices=gpus), _exact():
         torch.default_generator.manual_seed(seed)
         for gpu in gpus:
             with torch.cuda.device(gpu):
@@ -443,9 +449,10 @@ def certainty(
     """The lead of flex's choice on `val`, and the bound of section 3.3, O(sqrt(log L / |D_val|)).
 
     For a fixed network, Hoeffding's inequality bounds the probability that its accuracies on n
-    images and in expectation are more than b apart by 2 exp(-2 n b^2). With a union over the L + 1
-    candidates, all are within sqrt(log(2 (L + 1) / delta) / 2n) with probability 1 - delta.
-    Both figures take the networks as given, but each one's epoch was chosen on the same images.
+    images and in expectation are more than b apart by 2 exp(-2 n b^2). With a union over the
+    candidates, in flex L + 1, all are within sqrt(log(2 (L + 1) / delta) / 2n) with probability
+    1 - delta. Both figures take the networks as given, but the epoch of each was chosen on the same
+    images. For flex alone: the other algorithms do not train every candidate.
     """
     others = {unit: result.accuracy for unit, result in selection.tuned.items()}
     del others[selection.chosen]
@@ -454,12 +461,12 @@ def certainty(
         correct(selection.tuned[unit].net, val, settings).double()
         for unit in (selection.chosen, runner_up)
     )
-    n, candidates = len(won), len(selection.tuned)
+    n = len(won)
     return Certainty(
         runner_up=runner_up,
         lead=(won - lost).mean().item(),
         error=(won - lost).std(correction=0).item() / n**0.5,
-        bound=math.sqrt(math.log(2 * candidates / delta) / (2 * n)),
+        bound=math.sqrt(math.log(2 * len(selection.tuned) / delta) / (2 * n)),
     )
 
 
@@ -571,7 +578,8 @@ def retrieval(
     total = 0.0
     features = _features(tuned, queries[0], settings)
     for query, y in zip(features.split(CHUNK), queries[1].split(CHUNK)):
-        nearest = torch.cdist(query, there).sort(stable=True).indices[:, :k].cpu()  # (B, k)
+        distance = torch.cdist(query, there, compute_mode="donot_use_mm_for_euclid_dist")
+        nearest = distance.sort(stable=True).indices[:, :k].cpu()  # (B, k)
         relevant = (labels[nearest] == y[:, None]).double()
         places = torch.arange(1, relevant.shape[1] + 1)
         precision = relevant.cumsum(1) / places
@@ -585,6 +593,9 @@ def _features(net: nn.Sequential, x: torch.Tensor, settings: Settings) -> torch.
     """The input of the last unit: [N, D]."""
     unlabelled = x, torch.zeros(len(x), dtype=torch.int64)
     net, load = _working_copy(net, settings, images=unlabelled)
-    below = nn.Sequential(*list(net)[:-1])
-    features = torch.cat([below(load(chunk)) for chunk in x.split(CHUNK)])
-    return features.mean((2, 3)) if features.dim() == 4 else features.flatten(1)
+    below, features = nn.Sequential(*list(net)[:-1]), []
+    with _exact():
+        for chunk in x.split(CHUNK):
+            out = below(load(chunk))
+            features.append(out.mean((2, 3)) if out.dim() == 4 else out.flatten(1))
+    return torch.cat(features)

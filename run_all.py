@@ -5,7 +5,7 @@ Learning", WACV 2020: every method on one transfer scenario, on several, or on a
     python run_all.py --target svhn occluded --ratio 3 30         # four scenarios
     python run_all.py --target art --ratio 20 --methods flex ft-all --runs 3 --data DIR
     python run_all.py --list                                      # all scenarios, and their data
-    torchrun --nproc-per-node 8 run_all.py --table 1 3 4 --figures figures   # the whole paper
+    torchrun --nproc-per-node 8 run_all.py --image-to-image --table 1 3 4 --figures figures
 
 Results are appended to results/results.jsonl, a line per scenario, run and method. What is there
 already is not run again, so a command that was interrupted goes on where it stopped, and tables
@@ -358,7 +358,7 @@ class Run:
         }
 
     def trainings(self) -> list[float]:
-        """What each network costs, about, that is fine-tuned at the most, if several need it once."""
+        """About what each network costs that has to be fine-tuned; several methods share one."""
         last = len(unit_names(self.family))
         units = [*range(1, last + 1), "all"]
         needs = {
@@ -441,7 +441,7 @@ def execute(run: Run, net: nn.Sequential, domain, gallery, progress: Progress):
                 "proxies": {str(unit): a for unit, a in choice.proxies.items()},
                 "candidates": {str(unit): record(one) for unit, one in choice.tuned.items()},
             }
-            if method in ("flex", "flex-i2i"):
+            if method == "flex":
                 sure = flextune.certainty(choice, domain["val"], settings, DELTA)
                 row["certainty"] = asdict(sure) | {"runner_up": str(sure.runner_up)}
             if method == "flex-i2i":
@@ -538,14 +538,14 @@ def kept_network(path: Path, made_of: str) -> dict | None:
 
 
 def has_gallery(run: Run) -> bool:
-    """Are the source's validation images there? PACS does without ILSVRC's otherwise."""
+    """Are the source's validation images there? PACS can be run without ILSVRC, save for Table 4."""
     source, _ = run.pair
     return not run.root or source != "ilsvrc" or shifts.present(source, "yuv", run.root)[source]
 
 
 def source_gallery(family: Family, root: Path | None) -> shifts.Data:
     """The source's validation images, of ILSVRC's for PACS with the classes of its head, or -1."""
-    x, y = shifts.load(family.source, None, root)["val"]
+    x, y = shifts.load(family.source, None, root, Progress([1]).part)["val"]
     if root and family.targets[0] in shifts.PACS:
         groups = torch.full((1000,), -1)
         for label, group in enumerate(models.PACS_GROUPS.values()):
@@ -574,14 +574,14 @@ def append(rows: list[dict], out: Path) -> None:
 
 
 def read(out: Path) -> dict[str, dict]:
-    """All result rows, by `key`; of equals the last."""
+    """All result rows, by `key`; those of the same key complete each other."""
     rows = {}
-    for path in sorted(out.glob("results*.jsonl")):
+    for path in (*out.glob("results.jsonl"), *sorted(out.glob("results-[0-9]*.jsonl"))):
         for number, line in enumerate(path.read_bytes().splitlines(), 1):
             try:
                 row = json.loads(line)
-                rows[key(row)] = row
-            except (ValueError, LookupError, TypeError):
+                rows[key(row)] = rows.get(key(row), {}) | row
+            except (ValueError, LookupError, TypeError, AttributeError):
                 print(f"{path}, line {number}: not a result, passed over", file=sys.stderr)
     return rows
 
@@ -783,34 +783,47 @@ FORMULAS = {  # Table 1, of L, E_one c_one, E_all c_all and c_all
 
 
 def print_table_1(groups: Groups) -> None:
-    """Per network: what each method cost, and what the formula makes of E and c as measured."""
+    """Per network: what each method cost, and what the formula makes of E and c as measured.
+
+    The mean over the scenarios, of each the mean over its runs.
+    """
+
+    def means(rows):
+        return {field: average(rows, field) for field in ("epochs", "seconds")}
+
     for (source, network, _, data), part in by_network(groups).items():
-        by_method = defaultdict(list)
+        print(f"\nTable 1, {source}, {network} network, mean of {len(part)} scenarios")
+        print(label(data))
+        measured, single, whole = defaultdict(list), [], []
         for methods in part.values():
             for method, rows in methods.items():
-                by_method[method] += rows
-        flex = by_method["flex"]
-        if not flex:
+                measured[method].append(means(rows))
+            candidates = [row["candidates"].items() for row in methods.get("flex", ())]
+            if candidates:
+                single.append(means([a for one in candidates for u, a in one if u != "all"]))
+                whole.append(means([a for one in candidates for u, a in one if u == "all"]))
+        if not single:
+            print("needs the results of flex")
             continue
-        candidates = [dict(row["candidates"]) for row in flex]
-        whole = [one.pop("all") for one in candidates]
-        single = [result for one in candidates for result in one.values()]
-        (e_one, one), (e_all, every) = (
-            (average(kind, "epochs"), average(kind, "seconds")) for kind in (single, whole)
-        )
-        units, c_all = len(candidates[0]), every / e_all
-        print(f"\nTable 1, {source}, {network} network, mean of {len(flex)} runs")
-        print(label(data))
-        print(f"L = {units}, E_one = {e_one:.1f} epochs, c_one = {one / e_one:.3f} s", end=", ")
-        print(f"E_all = {e_all:.1f} epochs, c_all = {c_all:.3f} s")
+        one, every = means(single), means(whole)
+        c_one, c_all = (cost["seconds"] / cost["epochs"] for cost in (one, every))
+        units = len(candidates[0]) - 1
+        print(f"L = {units}, E_one = {one['epochs']:.1f} epochs, c_one = {c_one:.3f} s", end=", ")
+        print(f"E_all = {every['epochs']:.1f} epochs, c_all = {c_all:.3f} s")
         table = [["method", "formula", "by formula, s", "measured, s", "epochs", "s per epoch"]]
-        for method, (formula, cost) in FORMULAS.items():
-            if rows := by_method[method]:
-                epochs, seconds = average(rows, "epochs"), average(rows, "seconds")
-                figures = cost(units, one, every, c_all), seconds, epochs
-                per_epoch = f"{seconds / epochs:.3f}"
-                table.append([method, formula, *(f"{a:.1f}" for a in figures), per_epoch])
+        for method, mine in measured.items():
+            if method in FORMULAS:
+                formula, cost = FORMULAS[method]
+                computed = f"{cost(units, one['seconds'], every['seconds'], c_all):.1f}"
+            else:
+                formula = computed = "-"
+            epochs, seconds = means(mine).values()
+            per_epoch = f"{seconds / epochs:.3f}" if epochs else "-"
+            table.append([method, formula, computed, f"{seconds:.1f}", f"{epochs:.1f}", per_epoch])
         print_columns(table, left=2)
+        print(
+            "flex and ft-all are what E and c come from; the proxies' accuracies are in no column"
+        )
 
 
 def print_table_3(groups: Groups) -> None:
@@ -1212,6 +1225,10 @@ def check_options(args, pairs: list[tuple[str, str]]) -> None:
         raise UsageError(f"--data: there is no folder {args.data}; for the drawn images: builtin")
     if args.save and args.save.is_dir():
         raise UsageError(f"--save takes the name of a file, and {args.save} is a folder")
+    for pair in pairs:
+        largest = SCENARIOS[pair].ratios[-1]
+        if max(args.ratio or [0]) > largest:
+            raise UsageError(f"--ratio: the largest of {' -> '.join(pair)} is {largest}")
     if args.save and sum(len(runs_of(pair, None, args)) for pair in pairs) > 1:
         raise UsageError("--save keeps one network: give one --target, one --ratio and --runs 1")
     for folder in (args.out, args.figures, args.save and args.save.parent):
@@ -1279,6 +1296,7 @@ def run_scenarios(args, pairs: list[tuple[str, str]]) -> None:
     """Run and record what has no result yet, in this rank's share, and show all results."""
     check_options(args, pairs)
     wanted, todo = from_rank_0(lambda: plan(args, pairs))
+    todo = [replace(run, settings=replace(run.settings, device=args.device)) for run in todo]
     network = cache(partial(source_network, out=args.out, device=args.device))
     gallery = cache(source_gallery)
     if RANKS > 1:
@@ -1289,13 +1307,14 @@ def run_scenarios(args, pairs: list[tuple[str, str]]) -> None:
         wait_for_all("pretrained")
     costs = [run.trainings() for run in todo]
     progress = Progress([cost for each in costs for cost in each])
+    kept = "flex" if "flex" in wanted[0].methods else wanted[0].methods[-1]
     loaded = None
     for number in shared(len(todo)):
         run, paused = todo[number], time.perf_counter()
-        wants_gallery = 4 in args.table and has_gallery(run)
-        searched = gallery(run.family, run.root) if wants_gallery else None
         if loaded != (run.pair, run.root):
             domain, loaded = None, (run.pair, run.root)  # one in memory at a time
+            wants_gallery = 4 in args.table and has_gallery(run)
+            searched = gallery(run.family, run.root) if wants_gallery else None
             domain = shifts.load(*run.pair, run.root, Progress([1]).part)
             largest = max(other.ratio for other in todo if other.pair == run.pair)
             shifts.draw_size(domain["pool"][1], largest)  # is there that much?
@@ -1305,17 +1324,19 @@ def run_scenarios(args, pairs: list[tuple[str, str]]) -> None:
         progress.done = sum(map(len, costs[:number]))
         rows, nets = execute(run, net, domain, searched, progress)
         append(rows, args.out)
-    clear_line()
+        if args.save:
+            save(nets[kept].state_dict(), args.save)
+    if RANKS > 1:
+        progress.show("waiting for the other ranks")
     wait_for_all("finished")
+    clear_line()
     if RANK:
         return
     rows = read(args.out)
     show(args, grouped([rows[key(run.head(m))] for run in wanted for m in run.methods]))
-    print(f"\nevery figure, candidate and history: {args.out / 'results.jsonl'}")
+    print(f"\nevery figure, candidate and history: {args.out / 'results*.jsonl'}")
     if args.save:
-        method = "flex" if "flex" in nets else [*nets][-1]
-        save(nets[method].state_dict(), args.save)
-        print(f"the network of {method} is in {args.save}")
+        print(f"the network of {kept} is in {args.save}")
 
 
 def show(args, groups: Groups) -> None:
@@ -1341,8 +1362,9 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout = None  # rank 0 speaks
     if "WORLD_SIZE" in os.environ and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # a sum depends on the threads: the same for any number of ranks
-    if args.device is None and torch.cuda.is_available() and RANKS > 1:
-        args.device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    if args.device in (None, "cuda") and torch.cuda.is_available() and RANKS > 1:
+        local = int(os.environ.get("LOCAL_RANK", RANK))
+        args.device = f"cuda:{local % torch.cuda.device_count()}"
     try:
         pairs = scenarios(args)
         if args.list:

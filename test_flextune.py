@@ -1735,10 +1735,17 @@ def test_table_1_is_measured_and_computed(capsys):
     assert (
         "L = 4, E_one = 10.0 epochs, c_one = 0.200 s, E_all = 20.0 epochs, c_all = 0.400 s" in lines
     )
-    table = {line.split()[0]: line.split()[-4:] for line in lines if line}
+    table = {line.split()[0]: line.split()[-4:] for line in lines if " c_" in line}
     assert table["flex"] == ["16.0", "16.0", "60.0", "0.267"]  # 4 * 10 * 0.2 + 20 * 0.4
     assert table["ft-fc-1"] == ["2.0", "3.0", "5.0", "0.600"]
     assert "fast-flex" not in table
+    # The mean of the scenarios, of each the mean of its runs.
+    more = [row | {"ratio": 3, "seed": seed, "epochs": 45} for row in rows for seed in (1, 2, 3)]
+    lines = printed(capsys, run_all.print_table_1, rows + more)
+    assert "Table 1, mnist, 4-layer network, mean of 2 scenarios" in lines
+    table = {line.split()[0]: line.split()[-4:] for line in lines if " c_" in line}
+    assert table["ft-fc-1"] == ["2.0", "3.0", "25.0", "0.120"]
+    assert printed(capsys, run_all.print_table_1, rows[1:])[-1] == "needs the results of flex"
 
 
 def test_table_3_has_the_papers_figures_stars_and_differences(capsys):
@@ -1828,7 +1835,7 @@ def test_retrieval_for_pacs_is_in_all_of_ilsvrc_by_the_classes_of_the_head(monke
     asked = []
 
     def load(*args):
-        asked.append(args)
+        asked.append(args[:3])
         return {"val": (torch.arange(8), y)}
 
     monkeypatch.setattr(shifts, "load", load)
@@ -1989,6 +1996,19 @@ def test_two_ranks_and_a_killed_sweep_end_with_the_same_table(tmp_path, monkeypa
     assert len(lines) == 8 * 3  # no row twice, none broken
 
 
+def test_rows_of_the_same_result_complete_each_other(tmp_path, capsys):
+    for name, more in (
+        ("results", {}),
+        ("results-1", {"retrieval": 0.5}),
+        ("results-old", {"x": 1}),
+    ):
+        text = json.dumps(row("flex", 0, 0.9, **more))
+        (tmp_path / f"{name}.jsonl").write_text(f'{text}\n{{"settings": []}}\n[]\n')
+    (read,) = run_all.read(tmp_path).values()
+    assert read["retrieval"] == 0.5 and "x" not in read
+    assert capsys.readouterr().err.count("not a result, passed over") == 4
+
+
 def test_each_network_is_trained_once_and_charged_to_each_method(quick, monkeypatch):
     quick("--source mnist --target blurry --ratio 3 --runs 1 --data builtin --methods source")
     trained = []
@@ -2088,10 +2108,9 @@ def test_list_shows_every_scenario_and_its_data(quick, capsys, mnist):
         ("--methods magic", "argument --methods: invalid choice"),
         ("--device toaster", "argument --device: toaster is neither cpu nor cuda"),
         ("--device cpu:x", "argument --device: cpu:x: "),
-        (
-            "--source mnist --target blurry --ratio 4000 --data builtin",
-            "the largest that 300 images",
-        ),
+        ("--source mnist --target blurry --ratio 31 --data builtin", "that 300 images"),
+        ("--source mnist --ratio 3 4000", "--ratio: the largest of mnist -> blurry is 3000"),
+        ("--ratio 30 --data builtin", "--ratio: the largest of ilsvrc -> yuv is 25"),
         ("--source mnist --target blurry --ratio 3 --save x", "--save keeps one network"),
         ("--source mnist --target blurry --ratio 30 --save .", "is a folder"),
         ("--source mnist --target blurry --ratio 30 --save /dev/null/x", "/dev/null"),
