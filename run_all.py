@@ -798,16 +798,16 @@ def print_table_1(groups: Groups) -> None:
         for methods in part.values():
             for method, rows in methods.items():
                 measured[method].append(means(rows))
-            candidates = [row["candidates"].items() for row in methods.get("flex", ())]
-            if candidates:
-                single.append(means([a for one in candidates for u, a in one if u != "all"]))
-                whole.append(means([a for one in candidates for u, a in one if u == "all"]))
+            if "flex" in methods:
+                tuned = [pair for row in methods["flex"] for pair in row["candidates"].items()]
+                single.append(means([result for unit, result in tuned if unit != "all"]))
+                whole.append(means([result for unit, result in tuned if unit == "all"]))
+                units = len(methods["flex"][0]["candidates"]) - 1
         if not single:
             print("needs the results of flex")
             continue
         one, every = means(single), means(whole)
         c_one, c_all = (cost["seconds"] / cost["epochs"] for cost in (one, every))
-        units = len(candidates[0]) - 1
         print(f"L = {units}, E_one = {one['epochs']:.1f} epochs, c_one = {c_one:.3f} s", end=", ")
         print(f"E_all = {every['epochs']:.1f} epochs, c_all = {c_all:.3f} s")
         table = [["method", "formula", "by formula, s", "measured, s", "epochs", "s per epoch"]]
@@ -822,7 +822,7 @@ def print_table_1(groups: Groups) -> None:
             table.append([method, formula, computed, f"{seconds:.1f}", f"{epochs:.1f}", per_epoch])
         print_columns(table, left=2)
         print(
-            "flex and ft-all are what E and c come from; the proxies' accuracies are in no column"
+            "E and c come from flex and ft-all; what the proxies' accuracies take is in no column"
         )
 
 
