@@ -1,6 +1,6 @@
 """Tests of behaviour: the paper transcribed naively as oracle, known values, and invariants.
 
-They need no network and no data; the whole suite takes about a minute on two cores.
+They need no network and no data; the whole suite takes about two minutes on two cores.
 """
 
 import base64
