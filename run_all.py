@@ -899,7 +899,9 @@ def print_table_4(groups: Groups) -> None:
                 table.append(["  paper", *(f"{TABLE_4[target][m]:.2f}" for m in RETRIEVAL)])
         print_columns(table, left=1)
         if any("-" in line for line in table):
-            print("- not run, or the source's images are not there: PACS is sought in ILSVRC's")
+            print(
+                "- not run" + ", or ILSVRC's validation images are not there" * (source == "ilsvrc")
+            )
 
 
 def print_image_to_image(groups: Groups) -> None:
@@ -984,7 +986,10 @@ def print_figure_2(groups: Groups) -> None:
 
 def draw_figures(groups: Groups, folder: Path) -> None:
     """Figures 1, 2 and 3 as PNG files, from the result rows alone. Raises OSError."""
-    for name, figure in (*figures_1(groups), *figures_2(groups), *figures_3(groups)):
+    figures = [*figures_1(groups), *figures_2(groups), *figures_3(groups)]
+    if not figures:
+        print("no figures: they need the results of flex")
+    for name, figure in figures:
         figure.savefig(folder / f"{name}.png", dpi=150)
         print(folder / f"{name}.png")
 
@@ -1037,11 +1042,11 @@ def figures_2(groups: Groups):
                 (x, y) for y, (_, picks) in enumerate(targets.values()) for x in picks[method]
             ]
             x, y = [x + place / 4 - 0.25 for x, _ in picked], [y for _, y in picked]
-            ax.plot(x, y, "^", color=color, label=method)
+            ax.plot(x, y, "^", color=color, label=method + " (line 7)" * (method == "fast-flex"))
         names = unit_names(SCENARIOS[source, next(iter(targets))])
         ax.set_yticks(range(len(targets)), targets)
-        ax.set_xticks(range(len(names) + 1), [*names, "all"], rotation=45)
-        ax.set_title(f"{source}, {network} network, {data} data")
+        ax.set_xticks(range(len(names) + 1), [*names, "all\n(no rank)"], rotation=45)
+        ax.set_title(f"{source}, {network} network, {data} data (darker: better)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     yield "figure-2", figure
 
@@ -1059,7 +1064,7 @@ def figures_3(groups: Groups):
         for ax, (before, after) in zip(line, images):
             ax.imshow(np.concatenate([before, after], 1))
             ax.set_axis_off()
-        title = f"{source} → {target}, ratio {row['ratio']}, {data} data"
+        title = f"{source} → {target}, ratio {row['ratio']}, {data} data: before, after unit 0"
         line[0].set_title(title, fontsize="x-small", loc="left")
     yield "figure-3", figure
 
