@@ -136,23 +136,23 @@ def _accuracy(forward, x: torch.Tensor, y: torch.Tensor, top_k: int) -> float:
     return _correct(forward, x, y, top_k).sum().item() / len(y)
 
 
+def _exact():
+    """On CUDA, convolutions that do not vary and do not round to TF32."""
+    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+
+
 @torch.no_grad()
+@_exact()
 def _correct(forward, x: torch.Tensor, y: torch.Tensor, top_k: int) -> torch.Tensor:
     """Of equal logits the first counts as larger; NaN are never right."""
     hits = []
     for images, classes in zip(x.split(CHUNK), y.split(CHUNK)):
-        with _exact():
-            logits = forward(images)  # (B, classes)
+        logits = forward(images)  # (B, classes)
         own = classes.to(logits.device)[:, None]  # (B, 1)
         a, index = logits.gather(1, own), torch.arange(logits.shape[1], device=logits.device)
         ahead = (logits > a) | ((logits == a) & (index < own))  # (B, classes)
         hits.append((ahead.sum(1) < top_k) & ~logits.isnan().any(1))
     return torch.cat(hits)
-
-
-def _exact():
-    """On CUDA, convolutions that do not vary and do not round to TF32."""
-    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 
 
 def _working_copy(net: nn.Sequential, settings: Settings, **sets: Data):
@@ -256,8 +256,7 @@ def fine_tune(
     trained = nn.ModuleList(tuned[number - 1] for number in numbers).requires_grad_(True)
     device, first = next(trained.parameters()).device, numbers[0] - 1
     frozen, rest = (nn.Sequential(*part) for part in (list(tuned)[:first], list(tuned)[first:]))
-    with _exact():
-        frozen, x_train, x_val = _run_once(frozen, load, train[0], val[0], settings.cache_bytes)
+    frozen, x_train, x_val = _run_once(frozen, load, train[0], val[0], settings.cache_bytes)
     y_train, y_val = train[1].to(x_train.device), val[1].to(x_val.device)
 
     def forward(x):
@@ -340,6 +339,7 @@ def _reproducible(device: torch.device, seed: int):
 
 
 @torch.no_grad()
+@_exact()
 def _run_once(frozen: nn.Sequential, load, x_train, x_val, cache_bytes: int):
     """What remains of `frozen` to be run for every batch, and the tensors to run it on.
 
@@ -454,9 +454,8 @@ def certainty(
     1 - delta. Both figures take the networks as given, but the epoch of each was chosen on the same
     images. For flex alone: the other algorithms do not train every candidate.
     """
-    others = {unit: result.accuracy for unit, result in selection.tuned.items()}
-    del others[selection.chosen]
-    runner_up = max(others, key=others.get)
+    others = [unit for unit in selection.tuned if unit != selection.chosen]
+    runner_up = max(others, key=lambda unit: selection.tuned[unit].accuracy)
     won, lost = (
         correct(selection.tuned[unit].net, val, settings).double()
         for unit in (selection.chosen, runner_up)
@@ -589,13 +588,13 @@ def retrieval(
 
 
 @torch.no_grad()
+@_exact()
 def _features(net: nn.Sequential, x: torch.Tensor, settings: Settings) -> torch.Tensor:
     """The input of the last unit: [N, D]."""
     unlabelled = x, torch.zeros(len(x), dtype=torch.int64)
     net, load = _working_copy(net, settings, images=unlabelled)
     below, features = nn.Sequential(*list(net)[:-1]), []
-    with _exact():
-        for chunk in x.split(CHUNK):
-            out = below(load(chunk))
-            features.append(out.mean((2, 3)) if out.dim() == 4 else out.flatten(1))
+    for chunk in x.split(CHUNK):
+        out = below(load(chunk))
+        features.append(out.mean((2, 3)) if out.dim() == 4 else out.flatten(1))
     return torch.cat(features)

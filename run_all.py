@@ -31,6 +31,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -529,10 +530,7 @@ def kept_network(path: Path, made_of: str) -> dict | None:
         return kept["net"] if kept["made_of"] == made_of else None
     except FileNotFoundError:
         return None
-    except (
-        *(OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError),
-        pickle.UnpicklingError,
-    ):
+    except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, UnpicklingError):
         print(f"{path} cannot be read: the source network is trained anew", file=sys.stderr)
         return None
 
