@@ -14,11 +14,14 @@ No function here changes the network it is given, or uses the global random stat
 
 import contextlib
 import copy
+import functools
 import math
 import time
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import partial
+from itertools import takewhile
 
 import torch
 from torch import nn
@@ -28,7 +31,7 @@ from torch.nn.utils import parametrize
 Data = tuple[torch.Tensor, torch.Tensor]
 Units = int | str | Iterable[int]  # one unit, "all", or several units
 
-CHUNK = 256  # images per forward pass where no gradient is needed
+CHUNK = {False: 128, True: 512}  # images per forward pass without gradients; True: on CUDA
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Settings:
     seed: int = 0  # of the order of the images and of dropout
     device: str | None = None  # None: CUDA where there is one, else the CPU
     cache_bytes: int = 2 << 30  # the frozen units' output is kept up to this size, else recomputed
+    cuda_graph: bool = True  # on CUDA: capture the step; a network that waits for the GPU cannot be
 
     def __post_init__(self):
         for name in ("batch_size", "check_every", "patience", "max_epochs", "top_k"):
@@ -58,7 +62,7 @@ class Settings:
 class Result:
     """One fine-tuned network."""
 
-    net: nn.Sequential  # in evaluation mode, on the device of the network it came from
+    net: nn.Sequential  # in evaluation mode; frozen units are shared, `copy.deepcopy` has its own
     units: tuple[int, ...]  # the tuned units
     accuracy: float  # top-k accuracy of `net` on the validation set, in [0, 1]
     epochs: int  # epochs run, those after the returned checkpoint included
@@ -112,10 +116,9 @@ def candidates(net: nn.Sequential) -> list[int]:
 
 
 def surgery(net: nn.Sequential, tuned: nn.Sequential, unit: int) -> nn.Sequential:
-    """A copy of `net` with `unit` (from 1), its parameters and buffers, taken from `tuned`."""
-    proxy = copy.deepcopy(net)
-    proxy[unit - 1] = copy.deepcopy(tuned[unit - 1])
-    return proxy
+    """`net` with `unit` (from 1), its parameters and buffers, of `tuned`. No unit is copied."""
+    name, _ = list(net.named_children())[unit - 1]
+    return nn.Sequential(OrderedDict(net.named_children()) | {name: tuned[unit - 1]})
 
 
 def accuracy(net: nn.Sequential, data: Data, settings: Settings = Settings()) -> float:
@@ -128,8 +131,10 @@ def accuracy(net: nn.Sequential, data: Data, settings: Settings = Settings()) ->
 
 def correct(net: nn.Sequential, data: Data, settings: Settings = Settings()) -> torch.Tensor:
     """Is each image of `data` right by `top_k`? bool [N], on the CPU. Raises as `accuracy`."""
-    net, load = _working_copy(net, settings, data=data)
-    return _correct(lambda x: net(load(x)), *data, settings.top_k).cpu()
+    source = _SOURCE.get() or _Source(net, settings)
+    units, load = source.prepare(net, settings, data=data)
+    rest, x = source.run(units, source.common(units), load, settings.cache_bytes, data[0])
+    return _correct(lambda x: rest(load(x)), x, data[1], settings.top_k).cpu()
 
 
 def _accuracy(forward, x: torch.Tensor, y: torch.Tensor, top_k: int) -> float:
@@ -137,8 +142,9 @@ def _accuracy(forward, x: torch.Tensor, y: torch.Tensor, top_k: int) -> float:
 
 
 def _exact():
-    """On CUDA, convolutions that do not vary and do not round to TF32."""
-    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    """On CUDA, convolutions that do not vary, and that round to TF32 only if matrix products do."""
+    tf32 = torch.get_float32_matmul_precision() != "highest"
+    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=tf32)
 
 
 @torch.no_grad()
@@ -146,29 +152,13 @@ def _exact():
 def _correct(forward, x: torch.Tensor, y: torch.Tensor, top_k: int) -> torch.Tensor:
     """Of equal logits the first counts as larger; NaN are never right."""
     hits = []
-    for images, classes in zip(x.split(CHUNK), y.split(CHUNK)):
+    for images, classes in zip(x.split(CHUNK[x.is_cuda]), y.split(CHUNK[x.is_cuda])):
         logits = forward(images)  # (B, classes)
         own = classes.to(logits.device)[:, None]  # (B, 1)
         a, index = logits.gather(1, own), torch.arange(logits.shape[1], device=logits.device)
         ahead = (logits > a) | ((logits == a) & (index < own))  # (B, classes)
         hits.append((ahead.sum(1) < top_k) & ~logits.isnan().any(1))
     return torch.cat(hits)
-
-
-def _working_copy(net: nn.Sequential, settings: Settings, **sets: Data):
-    """A copy of `net` on the device, in evaluation mode, and the function that loads its batches.
-
-    Raises ValueError if it cannot work on one of the `sets`.
-    """
-    candidates(net)
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    net = copy.deepcopy(net).to(device).eval()
-    for place, unit in enumerate(net):
-        net[place] = copy.deepcopy(unit)  # two units may share a dropout layer
-    for name, data in sets.items():
-        _check(net, name, data, settings)
-    x, _ = data
-    return net, partial(_load, net=net, layout=_layout(net, x))
 
 
 def _load(x: torch.Tensor, net: nn.Sequential, layout=torch.contiguous_format) -> torch.Tensor:
@@ -224,6 +214,126 @@ def _check(net: nn.Sequential, name: str, data: Data, settings: Settings) -> Non
         raise ValueError(f"top_k is {settings.top_k}, but there are {classes} classes")
 
 
+# ---------------------------------------------------------------- what networks share
+
+_SOURCE = ContextVar("_SOURCE", default=None)
+
+
+@contextlib.contextmanager
+def sharing(net: nn.Sequential, settings: Settings = Settings()):
+    """Within it, the networks tuned from `net` share its units, and what these compute.
+
+    Neither `net` nor the data may be changed meanwhile, and all is on one device. The selection
+    algorithms do this by themselves; around several of them it saves their common work.
+    """
+    outer = _SOURCE.get()
+    token = _SOURCE.set(outer if outer and outer.net is net else _Source(net, settings))
+    try:
+        yield
+    finally:
+        _SOURCE.reset(token)
+
+
+def _shared(algorithm):
+    @functools.wraps(algorithm)
+    def within(net, train, val, settings=Settings(), tune=fine_tune):
+        with sharing(net, settings):
+            return algorithm(net, train, val, settings, tune)
+
+    return within
+
+
+class _Source:
+    """A source network, frozen, and what is the same for all networks that are tuned from it.
+
+    They share its units, of which one copy stands on the device, and what these compute.
+    """
+
+    def __init__(self, net: nn.Sequential, settings: Settings):
+        candidates(net)
+        self.net, self.names = net, [name for name, _ in net.named_children()]
+        home = next(net.parameters()).device
+        device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.units = self._copies(device)
+        self.device = next(nn.ModuleList(self.units).parameters()).device
+        self.home = self.units if home == self.device else self._copies(home)
+        self.copies = dict(zip((*net, *self.home, *self.units), self.units * 3))
+        self.kept = {}  # images: (number of units, their output)
+        self.accuracies = {}  # images, labels, k: accuracy of the source network
+
+    def _copies(self, device) -> list[nn.Module]:
+        """Each unit by itself, since two may share a dropout layer."""
+        return [copy.deepcopy(unit).to(device).eval().requires_grad_(False) for unit in self.net]
+
+    def prepare(self, net: nn.Sequential, settings: Settings, **sets: Data):
+        """The units of `net` on the device, the source's own where they are its, and `_load`.
+
+        Raises ValueError if `net` cannot work on one of the `sets`.
+        """
+        candidates(net)
+        units = [
+            self.copies[unit] if unit in self.copies else copy.deepcopy(unit).to(self.device).eval()
+            for unit in net
+        ]
+        net = nn.Sequential(*units).eval()
+        for name, data in sets.items():
+            _check(net, name, data, settings)
+        x, _ = data
+        return units, functools.partial(_load, net=net, layout=_layout(net, x))
+
+    def common(self, units: list[nn.Module]) -> int:
+        """How many of the lowest units are the source's."""
+        pairs = zip(units, self.units)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] is pair[1], pairs))
+
+    @torch.no_grad()
+    @_exact()
+    def run(self, units: list[nn.Module], frozen: int, load, cache_bytes: int, *sets: torch.Tensor):
+        """What remains to be run of `units` for every batch, and the tensors to run it on.
+
+        The output of the lowest `frozen` units, which are the source's, is the same every time. It
+        is kept on the device, from as high as it fits `cache_bytes`; of no unit, that is the images
+        themselves, and uint8 stays uint8.
+        """
+        images, place, one = sum(map(len, sets)), 0, sets[0][:1]
+        out = load(one)
+        for number, unit in enumerate(units[:frozen], 1):
+            out = unit(out)
+            # Units may hand on more than a tensor.
+            if isinstance(out, torch.Tensor) and out.nbytes * images <= cache_bytes:
+                place, one = number, out
+        rest = nn.Sequential(*units[place:])
+        if one.nbytes * images > cache_bytes:
+            return rest, *sets
+        return rest, *(self._output(x, place, one, load) for x in sets)
+
+    def _output(self, x: torch.Tensor, place: int, one: torch.Tensor, load) -> torch.Tensor:
+        """The output of the lowest `place` units on `x`; `one` is that of an image."""
+        done, out = self.kept.get(x, (0, x.to(self.device) if place == 0 else x))
+        if done > place:
+            done, out = 0, x.to(self.device) if place == 0 else x
+        if done < place:
+            below, before = nn.Sequential(*self.units[done:place]), out
+            last = one.dim() == 4 and one.is_contiguous(memory_format=torch.channels_last)
+            layout = torch.channels_last if last else torch.contiguous_format
+            shape = len(x), *one.shape[1:]
+            out = torch.empty(shape, dtype=one.dtype, device=self.device, memory_format=layout)
+            for start in range(0, len(x), CHUNK[out.is_cuda]):
+                part = slice(start, start + CHUNK[out.is_cuda])
+                out[part] = below(load(before[part]))
+        self.kept[x] = place, out
+        return out
+
+    def network(self, tuned: dict[int, nn.Module]) -> nn.Sequential:
+        """The source network with its units of some numbers replaced, on its own device."""
+        home = next(nn.ModuleList(self.home).parameters()).device
+        units = [
+            tuned[number].to(home) if number in tuned else unit
+            for number, unit in enumerate(self.home, 1)
+        ]
+        return nn.Sequential(OrderedDict(zip(self.names, units))).eval()
+
+
 # ---------------------------------------------------------------- training (section 5.1)
 
 
@@ -251,37 +361,50 @@ def fine_tune(
     if epochs is not None and epochs < 1:
         raise ValueError(f"epochs must be at least 1, not {epochs}")
     numbers = _numbers(net, units)
-    tuned, load = _working_copy(net, settings, train=train, val=val)
-    tuned.requires_grad_(False)
-    trained = nn.ModuleList(tuned[number - 1] for number in numbers).requires_grad_(True)
-    device, first = next(trained.parameters()).device, numbers[0] - 1
-    frozen, rest = (nn.Sequential(*part) for part in (list(tuned)[:first], list(tuned)[first:]))
-    frozen, x_train, x_val = _run_once(frozen, load, train[0], val[0], settings.cache_bytes)
+    shared = _SOURCE.get()
+    source = shared if shared and shared.net is net else _Source(net, settings)
+    all_units, load = source.prepare(net, settings, train=train, val=val)
+    trained = nn.ModuleList(copy.deepcopy(all_units[number - 1]) for number in numbers)
+    trained.requires_grad_(True)
+    for number, unit in zip(numbers, trained):
+        all_units[number - 1] = unit
+    below, images = numbers[0] - 1, (train[0], val[0])
+    rest, x_train, x_val = source.run(all_units, below, load, settings.cache_bytes, *images)
     y_train, y_val = train[1].to(x_train.device), val[1].to(x_val.device)
+    captured = settings.cuda_graph and x_train.is_cuda
 
     def forward(x):
-        return rest(frozen(load(x)))
+        return rest(load(x))
 
     def validate():
         trained.eval()
         return _accuracy(forward, x_val, y_val, settings.top_k)
 
-    with _reproducible(device, settings.seed), torch.enable_grad():
+    def step(batch):
+        optimizer.zero_grad()
+        loss = cross_entropy(forward(x_train[batch]), y_train[batch].to(source.device))
+        loss.backward()
+        optimizer.step()
+        losses.add_(loss.detach())
+
+    with _reproducible(source.device, settings.seed), _same_dropout(trained), torch.enable_grad():
         order = torch.Generator().manual_seed(settings.seed)
-        optimizer = torch.optim.Adam(trained.parameters(), lr=settings.lr, fused=True)
-        history = [(0, validate())]
+        optimizer = torch.optim.Adam(
+            trained.parameters(), lr=settings.lr, fused=True, capturable=captured
+        )
+        take = _Captured(step, source.device) if captured else step
+        key = *val, settings.top_k
+        if key not in source.accuracies:
+            source.accuracies[key] = validate()
+        history = [(0, source.accuracies[key])]
         best, state, stale = history[0], copy.deepcopy(trained.state_dict()), 0
-        losses, diverged = torch.zeros((), device=device), False  # looked at when validating
+        losses, diverged = torch.zeros((), device=source.device), False  # looked at when validating
         last = settings.max_epochs if epochs is None else epochs
         for epoch in range(1, last + 1):
             _train_mode(trained, settings.batch_statistics)
             shuffled = torch.randperm(len(x_train), generator=order).to(x_train.device)
             for batch in shuffled.split(settings.batch_size):
-                optimizer.zero_grad()
-                loss = cross_entropy(forward(x_train[batch]), y_train[batch].to(device))
-                loss.backward()
-                optimizer.step()
-                losses += loss.detach()
+                take(batch)
             if epoch % settings.check_every and epoch < last:
                 continue
             sums = [weight.detach().sum() for weight in trained.parameters()]
@@ -296,13 +419,11 @@ def fine_tune(
                 stale += 1
                 if stale == settings.patience:
                     break
+        optimizer.zero_grad()  # no memory for gradients in the result
 
     trained.load_state_dict(state)
-    for mine, theirs in zip(tuned.parameters(), net.parameters()):
-        mine.requires_grad_(theirs.requires_grad)
-    tuned.to(next(net.parameters()).device, memory_format=torch.contiguous_format)
     return Result(
-        net=tuned.eval(),
+        net=source.network(dict(zip(numbers, trained.eval()))),
         units=numbers,
         accuracy=best[1],
         epochs=epoch,
@@ -338,32 +459,51 @@ def _reproducible(device: torch.device, seed: int):
         yield
 
 
-@torch.no_grad()
-@_exact()
-def _run_once(frozen: nn.Sequential, load, x_train, x_val, cache_bytes: int):
-    """What remains of `frozen` to be run for every batch, and the tensors to run it on.
+@contextlib.contextmanager
+def _same_dropout(units: nn.Module):
+    """Masks are drawn in the order of memory: the plain one, whatever the layout of the rest."""
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+        for module in units.modules()
+        if isinstance(module, nn.modules.dropout._DropoutNd)
+    ]
+    yield
+    for hook in hooks:
+        hook.remove()
 
-    Its output is the same in every epoch: it is kept on the device, and nothing remains, if it fits
-    `cache_bytes`. Where `frozen` is empty, that is the images themselves; uint8 stays uint8.
+
+class _Captured:
+    """A training step as CUDA graphs, one for each size of batch.
+
+    The kernels of a small network take less time than their launches, which a graph saves.
     """
-    batch = load(x_train[:1])
-    one = frozen(batch) if len(frozen) else x_train[:1]
-    whole = isinstance(one, torch.Tensor)  # units may hand on more than a tensor
-    if not whole or one.nbytes * (len(x_train) + len(x_val)) > cache_bytes:
-        return frozen, x_train, x_val
-    if not len(frozen):
-        return frozen, x_train.to(batch.device), x_val.to(batch.device)
 
-    def output(x):
-        last = one.dim() == 4 and one.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if last else torch.contiguous_format
-        shape = len(x), *one.shape[1:]
-        out = torch.empty(shape, dtype=one.dtype, device=one.device, memory_format=layout)
-        for start in range(0, len(x), CHUNK):
-            out[start : start + CHUNK] = frozen(load(x[start : start + CHUNK]))
-        return out
+    EAGER = 100  # steps of a size before it is captured, which takes about as long as they do
 
-    return nn.Sequential(), output(x_train), output(x_val)
+    def __init__(self, step, device):
+        self.step, self.steps, self.graphs = step, Counter(), {}
+        self.stream = torch.cuda.Stream(device)  # capture needs one of its own
+
+    def __call__(self, batch):
+        size, current = len(batch), torch.cuda.current_stream(batch.device)
+        self.steps[size] += 1
+        if self.steps[size] <= self.EAGER:
+            self.stream.wait_stream(current)
+            with torch.cuda.stream(self.stream):
+                self.step(batch)
+            current.wait_stream(self.stream)
+            return
+        if size not in self.graphs:
+            graph, place = torch.cuda.CUDAGraph(), batch.clone()
+            try:
+                with torch.cuda.graph(graph, stream=self.stream):
+                    self.step(place)
+            except RuntimeError as error:
+                raise ValueError("the network needs Settings(cuda_graph=False)") from error
+            self.graphs[size] = graph, place
+        graph, place = self.graphs[size]
+        place.copy_(batch)
+        graph.replay()
 
 
 def _train_mode(units: nn.Module, batch_statistics: bool) -> None:
@@ -382,6 +522,7 @@ def _train_mode(units: nn.Module, batch_statistics: bool) -> None:
 # `max` returns the first of equals: the smallest unit, and a single unit before "all".
 
 
+@_shared
 def flex(net, train: Data, val: Data, settings=Settings(), tune=fine_tune) -> Selection:
     """Algorithm 1: tune each unit alone, tune all, take the best on the validation set.
 
@@ -398,6 +539,7 @@ def flex(net, train: Data, val: Data, settings=Settings(), tune=fine_tune) -> Se
     return Selection(chosen=best, best=best, tuned=tuned)
 
 
+@_shared
 def fast_flex(net, train: Data, val: Data, settings=Settings(), tune=fine_tune) -> Selection:
     """Algorithm 2: tune all units, choose by the proxies' accuracy, tune the chosen unit.
 
@@ -417,6 +559,7 @@ def fast_flex(net, train: Data, val: Data, settings=Settings(), tune=fine_tune) 
     return Selection(chosen=chosen, best=best, tuned=tuned, proxies=a)
 
 
+@_shared
 def faster_flex(net, train: Data, val: Data, settings=Settings(), tune=fine_tune) -> Selection:
     """Algorithm 3: as fast-flex, with the proxies from a single epoch and without ft-all.
 
@@ -530,7 +673,7 @@ def ft_ss(net, train: Data, val: Data, settings=Settings(), tune=fine_tune) -> R
             parametrize.register_parametrization(layer, "weight", _Scale(layer.weight))
             layers.append(name)
     result = tune(scaled, "all", train, val, settings)
-    plain = surgery(net, result.net, last)
+    plain = copy.deepcopy(surgery(net, result.net, last))
     for name in layers:
         layer = result.net.get_submodule(name)
         plain.get_submodule(name).weight.data = layer.weight.detach()
@@ -576,7 +719,7 @@ def retrieval(
     there, labels = _features(net, gallery[0], settings), gallery[1]
     total = 0.0
     features = _features(tuned, queries[0], settings)
-    for query, y in zip(features.split(CHUNK), queries[1].split(CHUNK)):
+    for query, y in zip(features.split(256), queries[1].split(256)):
         distance = torch.cdist(query, there, compute_mode="donot_use_mm_for_euclid_dist")
         nearest = distance.sort(stable=True).indices[:, :k].cpu()  # (B, k)
         relevant = (labels[nearest] == y[:, None]).double()
@@ -592,9 +735,12 @@ def retrieval(
 def _features(net: nn.Sequential, x: torch.Tensor, settings: Settings) -> torch.Tensor:
     """The input of the last unit: [N, D]."""
     unlabelled = x, torch.zeros(len(x), dtype=torch.int64)
-    net, load = _working_copy(net, settings, images=unlabelled)
-    below, features = nn.Sequential(*list(net)[:-1]), []
-    for chunk in x.split(CHUNK):
+    source = _SOURCE.get() or _Source(net, settings)
+    units, load = source.prepare(net, settings, images=unlabelled)
+    *below, _ = units
+    below, x = source.run(below, source.common(below), load, settings.cache_bytes, x)
+    features = []
+    for chunk in x.split(CHUNK[x.is_cuda]):
         out = below(load(chunk))
         features.append(out.mean((2, 3)) if out.dim() == 4 else out.flatten(1))
     return torch.cat(features)

@@ -14,6 +14,8 @@ and figures can be had once more.
 
 import argparse
 import base64
+import copy
+import ctypes
 import hashlib
 import json
 import math
@@ -36,6 +38,9 @@ from pickle import UnpicklingError
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 
 import flextune
 import models
@@ -586,7 +591,7 @@ def read(out: Path) -> dict[str, dict]:
 
 def key(row: dict) -> str:
     """What makes a result: its scenario-run, method and settings, on whichever device."""
-    no_matter = {"device", "cache_bytes"}
+    no_matter = {"device", "cache_bytes", "cuda_graph"}
     settings = {name: row["settings"][name] for name in row["settings"].keys() - no_matter}
     head = [row[name] for name in ("source", "target", "ratio", "seed", "data", "method")]
     return json.dumps([*head, settings], sort_keys=True)
@@ -1067,6 +1072,182 @@ def figures_3(groups: Groups):
     yield "figure-3", figure
 
 
+# ---------------------------------------------------------------- benchmark
+
+
+@dataclass
+class Case:
+    """What flex is timed on: by the literal algorithm and by ours."""
+
+    title: str
+    net: nn.Sequential
+    train: shifts.Data
+    val: shifts.Data
+    settings: Settings
+
+
+def literal(net, units, train, val, settings):
+    """`flextune.fine_tune`, as anyone would write it: the whole network in every step."""
+    start = time.perf_counter()
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    net = copy.deepcopy(net).to(device).eval().requires_grad_(False)
+    tuned = net if units == "all" else net[units - 1]
+    optimizer = torch.optim.Adam(tuned.requires_grad_(True).parameters(), lr=settings.lr)
+    train, val = TensorDataset(*train), TensorDataset(*val)
+    order = torch.Generator().manual_seed(settings.seed)
+
+    def logits(x):
+        return net(x.to(device) / 255 if x.dtype == torch.uint8 else x.to(device))
+
+    def batches(data, sampler=None):  # a generator of its own: the default one is for dropout
+        return DataLoader(data, settings.batch_size, sampler=sampler, generator=torch.Generator())
+
+    best, state, stale, history = -1.0, None, 0, []
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        for epoch in range(1, settings.max_epochs + 1):
+            tuned.train()
+            for module in tuned.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+            for x, y in batches(train, torch.randperm(len(train), generator=order).tolist()):
+                optimizer.zero_grad()
+                cross_entropy(logits(x), y.to(device)).backward()
+                optimizer.step()
+            if epoch % settings.check_every and epoch < settings.max_epochs:
+                continue
+            net.eval()
+            with torch.no_grad():
+                largest = (
+                    (logits(x).topk(settings.top_k).indices.cpu(), y) for x, y in batches(val)
+                )
+                hits = sum((top == y[:, None]).any(1).sum().item() for top, y in largest)
+            history.append((epoch, hits / len(val)))
+            if history[-1][1] > best:
+                best, state, stale = history[-1][1], copy.deepcopy(net.state_dict()), 0
+            else:
+                stale += 1
+                if stale == settings.patience:
+                    break
+    net.load_state_dict(state)
+    seconds, count = time.perf_counter() - start, sum(w.numel() for w in tuned.parameters())
+    return flextune.Result(net, (units,), best, epoch, seconds, history, count, False)
+
+
+def benchmark_cases(args, pairs: list[tuple[str, str]]) -> Iterator[Case]:
+    """The scenario of --target, or the standard ones; all end after the same few epochs."""
+    short = {"device": args.device, "seed": args.seed, "max_epochs": args.max_epochs or 10}
+    for pair in pairs if args.target else [("mnist", "mnist-m"), ("cifar", "blurry")]:
+        root = locate(*pair, args.data) if args.target or args.data else None
+        family = family_of(pair, root)
+        ratio = args.ratio[0] if args.ratio else family.ratios[1]
+        domain = shifts.load(*pair, root, Progress([1]).part)
+        train = shifts.subsample(domain["pool"], ratio, args.seed)
+        net = source_network(family, root, args.out, args.device)
+        title = f"{pair[0]} -> {pair[1]}, ratio {ratio}, {'real' if root else 'built-in'} data"
+        yield Case(title, net, train, domain["val"], replace(family.tuning, **short))
+    if not args.target:
+        noise = torch.Generator().manual_seed(0)
+        net = seeded(partial(models.inception2, classes=6), 0)
+        for size, counts, epochs in ((64, (120, 300), short["max_epochs"]), (224, (64, 32), 1)):
+            train, val = (
+                (
+                    torch.randint(256, (n, 3, size, size), dtype=torch.uint8, generator=noise),
+                    torch.randint(6, (n,), generator=noise),
+                )
+                for n in counts
+            )
+            title = f"Inception2, {size} pixels, random weights and images"
+            settings = Settings(lr=1e-4, **short | {"max_epochs": epochs})
+            yield Case(title, net, train, val, settings)
+
+
+def run_benchmark(args, pairs: list[tuple[str, str]]) -> None:
+    """flex by the literal algorithm and by ours, by turns: what both take and what they give."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    ways = {"literal": literal, "ours": flextune.fine_tune}
+    for case in benchmark_cases(args, pairs):
+        settings = replace(case.settings, cuda_graph=False)
+        flops, found = {}, {way: [] for way in ways}
+        progress = Progress([1] * len(ways) * (1 + (args.runs or 3)))
+        for way, tune in ways.items():
+            with FlopCounterMode(display=False) as counter:  # too slow to be timed: a warm-up
+                flextune.flex(case.net, case.train, case.val, settings, tune)
+            flops[way] = counter.get_total_flops()
+            progress.step(f"{case.title}: warm-up, {way}")
+        rates = []
+        for _ in range(args.runs or 3):
+            rates.append(matrix_rate(args.device))
+            for way, tune in ways.items():
+                reset_peak_memory()
+                start = time.perf_counter()
+                selection = flextune.flex(case.net, case.train, case.val, case.settings, tune)
+                found[way].append((time.perf_counter() - start, peak_memory(), selection))
+                progress.step(f"{case.title}: {way}, {found[way][-1][0]:.1f} s")
+        clear_line()
+        print_benchmark(case, flops, statistics.median(rates), found)
+
+
+def print_benchmark(case: Case, flops: dict, rate: float, found: dict) -> None:
+    counts = f"{len(case.train[1])} training and {len(case.val[1])} validation images"
+    print(f"\n{case.title}: {counts}, at most {case.settings.max_epochs} epochs")
+    table = [["flex", "seconds", "least, most", "GFLOP", "of the matrix rate", "peak MB", "chosen"]]
+    for way, runs in found.items():
+        seconds = [run[0] for run in runs]
+        middle = statistics.median(seconds)
+        table.append(
+            [
+                way,
+                f"{middle:.2f}",
+                f"{min(seconds):.2f}, {max(seconds):.2f}",
+                f"{flops[way] / 1e9:.0f}",
+                f"{flops[way] / middle / rate:.2f}",
+                f"{statistics.median(run[1] for run in runs) / 1e6:.0f}",
+                str(runs[0][2].chosen),
+            ]
+        )
+    print_columns(table, left=1)
+    ratio = statistics.median(a[0] / b[0] for a, b in zip(*found.values()))
+    (_, _, first), (_, _, own) = (runs[0] for runs in found.values())
+    price = statistics.median(run[0] / run[2].tuned["all"].seconds for run in found["ours"])
+    gap = max(abs(first.tuned[unit].accuracy - own.tuned[unit].accuracy) for unit in own.tuned)
+    print(f"ours is {ratio:.2f} times as fast", end=", ")
+    print(f"of which arithmetic saved: {flops['literal'] / flops['ours']:.2f}")
+    print(f"our flex takes {price:.2f} times as long as its ft-all")
+    print(f"validation accuracies of the candidates differ by at most {gap:.4f}")
+    print(f"matrix products, 2048 x 2048 in float32: {rate / 1e9:.0f} GFLOP/s")
+
+
+def matrix_rate(device: str | None) -> float:
+    """Operations a second of this machine's matrix products, float32."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    a, seconds = torch.rand(2048, 2048, device=device), []
+    for _ in range(10):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        seconds.append(time.perf_counter() - start)
+    return 2 * len(a) ** 3 / statistics.median(seconds)
+
+
+def reset_peak_memory() -> None:
+    """Of the GPU, or on Linux of the process."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif LINUX:
+        LIBC.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> float:
+    """Bytes, since the last reset."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if not LINUX:
+        return math.nan
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
 # ---------------------------------------------------------------- command line
 
 
@@ -1095,6 +1276,18 @@ def device(text: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{text}: {str(error).splitlines()[0]}") from error
     return text
+
+
+LINUX = sys.platform == "linux"
+LIBC = ctypes.CDLL(None) if LINUX else None
+
+
+def keep_freed_memory() -> None:
+    """Leave freed memory with the process: to get it anew from Linux in every step takes longer
+    than the arithmetic of a small network."""
+    if LINUX and hasattr(LIBC, "mallopt"):
+        LIBC.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        LIBC.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
 TABLES = {1: print_table_1, 3: print_table_3, 4: print_table_4}
@@ -1165,6 +1358,12 @@ def parser() -> Parser:
         help="write the network that flex chose (without flex, that of the last method); for one run",
     )
     add("--list", action="store_true", help="show all scenarios, and whether their data are there")
+    add(
+        "--benchmark",
+        action="store_true",
+        help="time flex against the literal algorithm, on a --target or on standard cases, for "
+        "--runs alternations (3) of --max-epochs (10)",
+    )
     return result
 
 
@@ -1325,7 +1524,8 @@ def run_scenarios(args, pairs: list[tuple[str, str]]) -> None:
         net = network(run.family, run.root)
         progress.start += time.perf_counter() - paused
         progress.done = sum(map(len, costs[:number]))
-        rows, nets = execute(run, net, domain, searched, progress)
+        with flextune.sharing(net, run.settings):
+            rows, nets = execute(run, net, domain, searched, progress)
         append(rows, args.out)
         if args.save:
             save(nets[kept].state_dict(), args.save)
@@ -1361,6 +1561,7 @@ def show(args, groups: Groups) -> None:
 def main(argv: list[str] | None = None) -> None:
     parse = parser()
     args = parse.parse_args(argv)
+    keep_freed_memory()
     if RANK:
         sys.stdout = None  # rank 0 speaks
     if "WORLD_SIZE" in os.environ and "OMP_NUM_THREADS" not in os.environ:
@@ -1372,6 +1573,8 @@ def main(argv: list[str] | None = None) -> None:
         pairs = scenarios(args)
         if args.list:
             print_scenarios(pairs, args.data)
+        elif args.benchmark:
+            run_benchmark(args, pairs)
         else:
             run_scenarios(args, pairs)
     except (UsageError, shifts.DataError, models.WeightsError, OSError) as error:

@@ -279,8 +279,9 @@ def test_only_the_named_units_change(source, train, val, units):
         assert same(mine, theirs) == (number not in result.units or number == 3)
         for a, b in zip(mine.buffers(), theirs.buffers()):
             assert torch.equal(a, b)  # BatchNorm's statistics, in tuned units too
+        tuned = number in result.units  # what stays frozen is shared: nothing should train it
+        assert all(weight.requires_grad == tuned for weight in mine.parameters())
     assert not result.net.training
-    assert all(weight.requires_grad for weight in result.net.parameters())
     numbers = range(1, 6) if units == "all" else units if isinstance(units, list) else [units]
     assert result.units == tuple(numbers)
     assert result.trained == sum(
@@ -364,6 +365,18 @@ def test_cuda_is_reproducible_and_agrees_with_the_cpu(source, train, val, cache_
         assert next(result.net.parameters()).device.type == "cpu"  # where the network came from
         assert same(result.net, two.tuned[unit].net)
         assert result.accuracy == pytest.approx(cpu.tuned[unit].accuracy, abs=0.05)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+def test_a_captured_step_is_an_eager_step(monkeypatch, source, train, val):
+    monkeypatch.setattr(flextune._Captured, "EAGER", 3)
+    settings = replace(FAST, device="cuda")
+    for unit in (1, 4, "all"):
+        captured = fine_tune(source, unit, train, val, settings)
+        eager = fine_tune(source, unit, train, val, replace(settings, cuda_graph=False))
+        assert captured.history == eager.history
+        for mine, theirs in zip(captured.net.parameters(), eager.net.parameters()):
+            assert torch.allclose(mine, theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize("unit", [1, 4, "all"])
@@ -461,6 +474,70 @@ def test_the_frozen_units_run_once(monkeypatch, source, train, val):
     seen.clear()
     fine_tune(net, 5, train, val, replace(FAST, cache_bytes=0))
     assert sum(seen) > epochs * 33
+
+
+def test_in_a_selection_the_source_runs_once_on_each_image(train, val, source):
+    seen = []
+
+    class Counting(nn.Module):
+        def forward(self, x):
+            seen.append(len(x))
+            return x
+
+    net, settings = nn.Sequential(Counting(), *source), replace(FAST, max_epochs=1)
+    flextune.flex(net, train, val, settings)
+    flex = sum(seen)
+    seen.clear()
+    flextune.fine_tune(net, "all", train, val, settings)
+    whole = sum(seen)
+    assert flex - whole < 300  # 133 images, twice 100 for epoch 0 and its candidates, single ones
+    seen.clear()
+    flextune.faster_flex(net, train, val, settings)
+    assert sum(seen) - whole < 300  # five proxies have 100 images each
+
+
+def test_networks_of_a_selection_share_what_is_frozen(source, train, val):
+    tuned = flextune.flex(source, train, val, replace(FAST, max_epochs=1)).tuned
+
+    def memory(*units):
+        return {tensor.data_ptr() for unit in units for tensor in unit.state_dict().values()}
+
+    for number in (1, 2, 4, 5):
+        own, other = tuned[number].net, tuned[4 if number != 4 else 5].net
+        for place in {1, 2, 4, 5} - {number, *tuned[4 if number != 4 else 5].units}:
+            assert memory(own[place - 1]) == memory(other[place - 1])
+        assert not memory(own[number - 1]) & memory(other, source)
+        assert not memory(own) & memory(source)
+        assert all(weight.grad is None for weight in own.parameters())
+
+
+@pytest.mark.parametrize("cache_bytes", [2 << 30, 0])
+def test_sharing_changes_no_result(source, train, val, cache_bytes):
+    settings = replace(FAST, cache_bytes=cache_bytes)
+    alone = {unit: fine_tune(source, unit, train, val, settings) for unit in (1, 2, 4, 5, "all")}
+    proxies = {n: flextune.surgery(source, alone["all"].net, n) for n in (1, 2, 4, 5)}
+    proxies = {n: flextune.accuracy(net, val, settings) for n, net in proxies.items()}
+    with flextune.sharing(source, settings):
+        flex = flextune.flex(source, train, val, settings)
+        fast = flextune.fast_flex(source, train, val, settings)
+    for unit, result in alone.items():
+        assert same(result.net, flex.tuned[unit].net)
+        assert result.history == flex.tuned[unit].history
+    assert fast.proxies == proxies
+
+
+def test_the_literal_loop_of_the_benchmark_gives_the_same(train, val):
+    """With dropout on maps, too, whose masks follow the memory layout."""
+    net = small_net()
+    net[1].append(nn.Dropout(0.3))
+    literal = flextune.flex(net, train, val, FAST, run_all.literal)
+    ours = flextune.flex(net, train, val, FAST)
+    assert literal.chosen == ours.chosen
+    for unit, result in ours.tuned.items():
+        assert literal.tuned[unit].epochs == result.epochs
+        assert literal.tuned[unit].accuracy == pytest.approx(result.accuracy)
+        for mine, theirs in zip(result.net.parameters(), literal.tuned[unit].net.parameters()):
+            assert torch.allclose(mine, theirs, atol=1e-3)
 
 
 def test_top_k_is_the_measure_everywhere(source, train, val):
@@ -1615,6 +1692,18 @@ def test_every_method_from_start_to_finish(quick, capsys):
     assert by["flex"]["candidates"]["all"]["test"] == by["ft-all"]["test"]
     assert by["fast-flex"]["proxies"].keys() == {"1", "2", "3", "4"}
     assert by["source"]["val"] == by["flex"]["history"][0][1]
+
+
+def test_benchmark(quick, capsys):
+    quick("--benchmark --source mnist --target blurry --ratio 3 --data builtin --runs 1")
+    out, _ = capsys.readouterr()
+    assert "mnist -> blurry, ratio 3, built-in data: 30 training and 120 validation images" in out
+    literal, ours = (
+        next(line.split() for line in out.splitlines() if line.startswith(way))
+        for way in ("literal ", "ours ")
+    )
+    assert float(literal[4]) > float(ours[4]) > 0 and literal[-1] == ours[-1]  # GFLOP, unit
+    assert "differ by at most 0.0000" in out and not Path("results/results.jsonl").exists()
 
 
 SMALL_RATIOS = [
