@@ -226,12 +226,16 @@ def sharing(net: nn.Sequential, settings: Settings = Settings()):
     Neither `net` nor the data may be changed meanwhile, and all is on one device. The selection
     algorithms do this by themselves; around several of them it saves their common work.
     """
-    outer = _SOURCE.get()
-    token = _SOURCE.set(outer if outer and outer.net is net else _Source(net, settings))
+    token = _SOURCE.set(_source(net, settings))
     try:
         yield
     finally:
         _SOURCE.reset(token)
+
+
+def _source(net: nn.Sequential, settings: Settings) -> "_Source":
+    shared = _SOURCE.get()
+    return shared if shared and shared.net is net else _Source(net, settings)
 
 
 def _shared(algorithm):
@@ -309,10 +313,12 @@ class _Source:
 
     def _output(self, x: torch.Tensor, place: int, one: torch.Tensor, load) -> torch.Tensor:
         """The output of the lowest `place` units on `x`; `one` is that of an image."""
-        done, out = self.kept.get(x, (0, x.to(self.device) if place == 0 else x))
+        done, out = self.kept.get(x, (0, x))
         if done > place:
-            done, out = 0, x.to(self.device) if place == 0 else x
-        if done < place:
+            done, out = 0, x
+        if place == 0:
+            out = out.to(self.device)
+        elif done < place:
             below, before = nn.Sequential(*self.units[done:place]), out
             last = one.dim() == 4 and one.is_contiguous(memory_format=torch.channels_last)
             layout = torch.channels_last if last else torch.contiguous_format
@@ -361,8 +367,7 @@ def fine_tune(
     if epochs is not None and epochs < 1:
         raise ValueError(f"epochs must be at least 1, not {epochs}")
     numbers = _numbers(net, units)
-    shared = _SOURCE.get()
-    source = shared if shared and shared.net is net else _Source(net, settings)
+    source = _source(net, settings)
     all_units, load = source.prepare(net, settings, train=train, val=val)
     trained = nn.ModuleList(copy.deepcopy(all_units[number - 1]) for number in numbers)
     trained.requires_grad_(True)

@@ -1140,12 +1140,12 @@ def benchmark_cases(args, pairs: list[tuple[str, str]]) -> Iterator[Case]:
     for pair in pairs if args.target else [("mnist", "mnist-m"), ("cifar", "blurry")]:
         root = locate(*pair, args.data) if args.target or args.data else None
         family = family_of(pair, root)
-        ratio = args.ratio[0] if args.ratio else family.ratios[1]
         domain = shifts.load(*pair, root, Progress([1]).part)
-        train = shifts.subsample(domain["pool"], ratio, args.seed)
         net = source_network(family, root, args.out, args.device)
-        title = f"{pair[0]} -> {pair[1]}, ratio {ratio}, {'real' if root else 'built-in'} data"
-        yield Case(title, net, train, domain["val"], replace(family.tuning, **short))
+        for ratio in args.ratio or family.ratios[1:2]:
+            train = shifts.subsample(domain["pool"], ratio, args.seed)
+            title = f"{pair[0]} -> {pair[1]}, ratio {ratio}, {'real' if root else 'built-in'} data"
+            yield Case(title, net, train, domain["val"], replace(family.tuning, **short))
     if not args.target:
         noise = torch.Generator().manual_seed(0)
         net = seeded(partial(models.inception2, classes=6), 0)
@@ -1164,7 +1164,7 @@ def benchmark_cases(args, pairs: list[tuple[str, str]]) -> Iterator[Case]:
 
 def run_benchmark(args, pairs: list[tuple[str, str]]) -> None:
     """flex by the literal algorithm and by ours, by turns: what both take and what they give."""
-    args.out.mkdir(parents=True, exist_ok=True)
+    check_options(args, pairs)
     ways = {"literal": literal, "ours": flextune.fine_tune}
     for case in benchmark_cases(args, pairs):
         settings = replace(case.settings, cuda_graph=False)
@@ -1215,18 +1215,19 @@ def print_benchmark(case: Case, flops: dict, rate: float, found: dict) -> None:
     print(f"of which arithmetic saved: {flops['literal'] / flops['ours']:.2f}")
     print(f"our flex takes {price:.2f} times as long as its ft-all")
     print(f"validation accuracies of the candidates differ by at most {gap:.4f}")
-    print(f"matrix products, 2048 x 2048 in float32: {rate / 1e9:.0f} GFLOP/s")
+    print(f"the matrix rate: {rate / 1e9:.0f} GFLOP/s, of large float32 products")
 
 
 def matrix_rate(device: str | None) -> float:
     """Operations a second of this machine's matrix products, float32."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    a, seconds = torch.rand(2048, 2048, device=device), []
+    size, seconds = 8192 if "cuda" in device else 2048, []
+    a = torch.rand(size, size, device=device)
     for _ in range(10):
         start = time.perf_counter()
         (a @ a)[0, 0].item()
         seconds.append(time.perf_counter() - start)
-    return 2 * len(a) ** 3 / statistics.median(seconds)
+    return 2 * size**3 / statistics.median(seconds)
 
 
 def reset_peak_memory() -> None:

@@ -527,17 +527,17 @@ def test_sharing_changes_no_result(source, train, val, cache_bytes):
 
 
 def test_the_literal_loop_of_the_benchmark_gives_the_same(train, val):
-    """With dropout on maps, too, whose masks follow the memory layout."""
-    net = small_net()
+    """In float64, where rounding does not add up; with dropout on maps, too."""
+    net = small_net().double()
     net[1].append(nn.Dropout(0.3))
+    train, val = ((x.double() / 255, y) for x, y in (train, val))
     literal = flextune.flex(net, train, val, FAST, run_all.literal)
     ours = flextune.flex(net, train, val, FAST)
     assert literal.chosen == ours.chosen
     for unit, result in ours.tuned.items():
-        assert literal.tuned[unit].epochs == result.epochs
-        assert literal.tuned[unit].accuracy == pytest.approx(result.accuracy)
+        assert literal.tuned[unit].history == result.history[1:]
         for mine, theirs in zip(result.net.parameters(), literal.tuned[unit].net.parameters()):
-            assert torch.allclose(mine, theirs, atol=1e-3)
+            assert torch.allclose(mine, theirs, atol=1e-9)
 
 
 def test_top_k_is_the_measure_everywhere(source, train, val):
@@ -1703,7 +1703,7 @@ def test_benchmark(quick, capsys):
         for way in ("literal ", "ours ")
     )
     assert float(literal[4]) > float(ours[4]) > 0 and literal[-1] == ours[-1]  # GFLOP, unit
-    assert "differ by at most 0.0000" in out and not Path("results/results.jsonl").exists()
+    assert "differ by at most 0.0000" in out and results() == []
 
 
 SMALL_RATIOS = [
