@@ -48,6 +48,7 @@ class Settings:
     seed: int = 0  # of the order of the images and of dropout
     device: str | None = None  # None: CUDA where there is one, else the CPU
     cache_bytes: int = 2 << 30  # the frozen units' output is kept up to this size, else recomputed
+    bfloat16: bool = False  # train with bfloat16 products, for which many processors have units
     cuda_graph: bool = True  # on CUDA: capture the step; a network that waits for the GPU cannot be
 
     def __post_init__(self):
@@ -377,6 +378,7 @@ def fine_tune(
     rest, x_train, x_val = source.run(all_units, below, load, settings.cache_bytes, *images)
     y_train, y_val = train[1].to(x_train.device), val[1].to(x_val.device)
     captured = settings.cuda_graph and x_train.is_cuda
+    device, precision = source.device.type, next(trained.parameters()).dtype
 
     def forward(x):
         return rest(load(x))
@@ -387,7 +389,9 @@ def fine_tune(
 
     def step(batch):
         optimizer.zero_grad()
-        loss = cross_entropy(forward(x_train[batch]), y_train[batch].to(source.device))
+        with torch.autocast(device, torch.bfloat16, settings.bfloat16, cache_enabled=False):
+            logits = forward(x_train[batch])
+        loss = cross_entropy(logits.to(precision), y_train[batch].to(source.device))
         loss.backward()
         optimizer.step()
         losses.add_(loss.detach())

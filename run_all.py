@@ -1085,6 +1085,10 @@ class Case:
     val: shifts.Data
     settings: Settings
 
+    def flex(self, tune: Callable, bfloat16: bool, **settings) -> flextune.Selection:
+        settings = replace(self.settings, bfloat16=bfloat16, **settings)
+        return flextune.flex(self.net, self.train, self.val, settings, tune)
+
 
 def literal(net, units, train, val, settings):
     """`flextune.fine_tune`, as anyone would write it: the whole network in every step."""
@@ -1163,25 +1167,25 @@ def benchmark_cases(args, pairs: list[tuple[str, str]]) -> Iterator[Case]:
 
 
 def run_benchmark(args, pairs: list[tuple[str, str]]) -> None:
-    """flex by the literal algorithm and by ours, by turns: what both take and what they give."""
+    """flex by the literal algorithm and by ours, by turns: what each takes and what it gives."""
     check_options(args, pairs)
-    ways = {"literal": literal, "ours": flextune.fine_tune}
+    ways = {"literal": (literal, False), "ours": (flextune.fine_tune, False)}
+    if args.bfloat16:
+        ways["ours, bfloat16"] = flextune.fine_tune, True
     for case in benchmark_cases(args, pairs):
-        settings = replace(case.settings, cuda_graph=False)
-        flops, found = {}, {way: [] for way in ways}
+        flops, rates, found = {}, [], {way: [] for way in ways}
         progress = Progress([1] * len(ways) * (1 + (args.runs or 3)))
-        for way, tune in ways.items():
+        for way, how in ways.items():
             with FlopCounterMode(display=False) as counter:  # too slow to be timed: a warm-up
-                flextune.flex(case.net, case.train, case.val, settings, tune)
+                case.flex(*how, cuda_graph=False)
             flops[way] = counter.get_total_flops()
             progress.step(f"{case.title}: warm-up, {way}")
-        rates = []
         for _ in range(args.runs or 3):
             rates.append(matrix_rate(args.device))
-            for way, tune in ways.items():
+            for way, how in ways.items():
                 reset_peak_memory()
                 start = time.perf_counter()
-                selection = flextune.flex(case.net, case.train, case.val, case.settings, tune)
+                selection = case.flex(*how)
                 found[way].append((time.perf_counter() - start, peak_memory(), selection))
                 progress.step(f"{case.title}: {way}, {found[way][-1][0]:.1f} s")
         clear_line()
@@ -1191,30 +1195,31 @@ def run_benchmark(args, pairs: list[tuple[str, str]]) -> None:
 def print_benchmark(case: Case, flops: dict, rate: float, found: dict) -> None:
     counts = f"{len(case.train[1])} training and {len(case.val[1])} validation images"
     print(f"\n{case.title}: {counts}, at most {case.settings.max_epochs} epochs")
-    table = [["flex", "seconds", "least, most", "GFLOP", "of the matrix rate", "peak MB", "chosen"]]
+    costs = ["seconds", "least, most", "times as fast", "flex / ft-all", "peak MB"]
+    work = ["GFLOP", "of the matrix rate"]
+    table = [["flex", *costs, *work, "accuracies differ by", "chosen"]]
+    (_, _, literal), *_ = found["literal"]
     for way, runs in found.items():
-        seconds = [run[0] for run in runs]
-        middle = statistics.median(seconds)
+        seconds, peaks, selections = zip(*runs)
+        middle, tuned = statistics.median(seconds), selections[0].tuned
+        faster = [a / b for (a, *_), b in zip(found["literal"], seconds)]
+        price = [all_of / one.tuned["all"].seconds for all_of, one in zip(seconds, selections)]
+        gap = max(abs(literal.tuned[unit].accuracy - tuned[unit].accuracy) for unit in tuned)
         table.append(
             [
                 way,
                 f"{middle:.2f}",
                 f"{min(seconds):.2f}, {max(seconds):.2f}",
+                f"{statistics.median(faster):.2f}",
+                f"{statistics.median(price):.2f}",
+                f"{statistics.median(peaks) / 1e6:.0f}",
                 f"{flops[way] / 1e9:.0f}",
                 f"{flops[way] / middle / rate:.2f}",
-                f"{statistics.median(run[1] for run in runs) / 1e6:.0f}",
-                str(runs[0][2].chosen),
+                f"{gap:.4f}",
+                str(selections[0].chosen),
             ]
         )
     print_columns(table, left=1)
-    ratio = statistics.median(a[0] / b[0] for a, b in zip(*found.values()))
-    (_, _, first), (_, _, own) = (runs[0] for runs in found.values())
-    price = statistics.median(run[0] / run[2].tuned["all"].seconds for run in found["ours"])
-    gap = max(abs(first.tuned[unit].accuracy - own.tuned[unit].accuracy) for unit in own.tuned)
-    print(f"ours is {ratio:.2f} times as fast", end=", ")
-    print(f"of which arithmetic saved: {flops['literal'] / flops['ours']:.2f}")
-    print(f"our flex takes {price:.2f} times as long as its ft-all")
-    print(f"validation accuracies of the candidates differ by at most {gap:.4f}")
     print(f"the matrix rate: {rate / 1e9:.0f} GFLOP/s, of large float32 products")
 
 
@@ -1325,6 +1330,11 @@ def parser() -> Parser:
         help="end every fine-tuning after N epochs, if it has not stopped before",
     )
     add(
+        "--bfloat16",
+        action="store_true",
+        help="fine-tune with bfloat16 products, faster where the processor has units for them",
+    )
+    add(
         "--image-to-image",
         action="store_true",
         help="also flex with an image-to-image unit before the network as a further candidate",
@@ -1363,7 +1373,7 @@ def parser() -> Parser:
         "--benchmark",
         action="store_true",
         help="time flex against the literal algorithm, on a --target or on standard cases, for "
-        "--runs alternations (3) of --max-epochs (10)",
+        "--runs alternations (3) of --max-epochs (10); with --bfloat16 also by this",
     )
     return result
 
@@ -1450,7 +1460,7 @@ def runs_of(pair: tuple[str, str], root: Path | None, args) -> list[Run]:
     """The scenario-runs of a scenario that are asked for, with their data in `root`."""
     family = family_of(pair, root)
     methods = methods_of(family, args.methods) + ["flex-i2i"] * args.image_to_image
-    settings = replace(family.tuning, device=args.device)
+    settings = replace(family.tuning, device=args.device, bfloat16=args.bfloat16)
     if args.max_epochs:
         settings = replace(settings, max_epochs=min(settings.max_epochs, args.max_epochs))
     return [

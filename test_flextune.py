@@ -540,6 +540,15 @@ def test_the_literal_loop_of_the_benchmark_gives_the_same(train, val):
             assert torch.allclose(mine, theirs, atol=1e-9)
 
 
+def test_bfloat16_products_change_little_and_only_where_asked_for(source, train, val):
+    exact = fine_tune(source, "all", train, val, FAST)
+    reduced = fine_tune(source, "all", train, val, replace(FAST, bfloat16=True))
+    assert not same(exact.net, reduced.net)
+    assert abs(exact.accuracy - reduced.accuracy) <= 0.05
+    assert all(w.dtype == torch.float32 for w in reduced.net.parameters())
+    assert reduced.accuracy == flextune.accuracy(reduced.net, val, FAST)  # of the float32 network
+
+
 def test_top_k_is_the_measure_everywhere(source, train, val):
     settings = replace(FAST, top_k=2)
     selection = flextune.fast_flex(source, train, val, settings)
@@ -1695,15 +1704,18 @@ def test_every_method_from_start_to_finish(quick, capsys):
 
 
 def test_benchmark(quick, capsys):
-    quick("--benchmark --source mnist --target blurry --ratio 3 --data builtin --runs 1")
+    command = "--benchmark --bfloat16 --source mnist --target blurry --ratio 3 --data builtin"
+    quick(command + " --runs 1")
     out, _ = capsys.readouterr()
     assert "mnist -> blurry, ratio 3, built-in data: 30 training and 120 validation images" in out
-    literal, ours = (
-        next(line.split() for line in out.splitlines() if line.startswith(way))
-        for way in ("literal ", "ours ")
-    )
-    assert float(literal[4]) > float(ours[4]) > 0 and literal[-1] == ours[-1]  # GFLOP, unit
-    assert "differ by at most 0.0000" in out and results() == []
+    head, *lines = out[out.index("flex  ") :].splitlines()[:4]
+    columns = [name.strip() for name in re.split("  +", head)]
+    rows = [dict(zip(columns, re.split("  +", line))) for line in lines]
+    assert [row["flex"] for row in rows] == ["literal", "ours", "ours, bfloat16"]
+    assert len({row["chosen"] for row in rows[:2]}) == 1
+    literal, ours, reduced = (float(row["GFLOP"]) for row in rows)
+    assert literal > ours == reduced > 0
+    assert rows[1]["accuracies differ by"] == "0.0000" and results() == []
 
 
 SMALL_RATIOS = [
