@@ -286,6 +286,8 @@ def load_inception2(path: Path) -> nn.Sequential:
     try:
         with zipfile.ZipFile(path) as file:
             names, values = (_object_array(file, f"{name}.npy") for name in ("names", "values"))
+        if sum(array.size for array in values) > BYTES // 4:  # promised, not yet in memory
+            raise ValueError("too many numbers")
         names = [name.split(":")[0] for name in names.astype(str)]  # as bytes, or with :0, too
         arrays = {_key(name): _tensor(name, array) for name, array in zip(names, values)}
     except Exception as error:  # a broken pickle may raise anything
@@ -299,8 +301,13 @@ def load_inception2(path: Path) -> nn.Sequential:
     return net
 
 
+BYTES = 1 << 26  # more than the 45 million of the weights
+
+
 def _object_array(file: zipfile.ZipFile, name: str) -> np.ndarray:
     """An array of arrays is pickled: unpickled here with nothing but NumPy's own reconstruction."""
+    if file.getinfo(name).file_size > BYTES:
+        raise ValueError(f"{name} is too large")
     with file.open(name) as array:
         version = np.lib.format.read_magic(array)
         read = getattr(np.lib.format, "read_array_header_{}_{}".format(*version))

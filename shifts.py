@@ -17,6 +17,7 @@ import shutil
 import struct
 import tarfile
 import urllib.request
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -46,6 +47,11 @@ class MissingError(DataError):
 
 def silent(text: str, done: int, total: int) -> None:
     """A `Report` that says nothing."""
+
+
+def _line(error) -> str:
+    """What went wrong, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 # ---------------------------------------------------------------- domains
@@ -392,6 +398,7 @@ ARCHIVES = {  # data set: archive, its MD5, which of its members go to which fol
     for name, (folder, count) in PACS.items()
 }
 TIMEOUT = 5  # seconds without an answer that end a download
+LARGEST_MEMBER = 1 << 25  # bytes of a file in an archive; CIFAR-10's have 31 million
 
 
 def _there(name: str, root: Path) -> bool:
@@ -455,12 +462,12 @@ def fetch(
         headers = {"Range": f"bytes=0-{first - 1}"} if first else {}
         request = urllib.request.Request(url, headers=headers)
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-            total = int(answer.headers.get("Content-Length") or 0)
+            total = int(answer.headers.get("Content-Length") or 0)  # a ValueError, if nonsense
             limit = first or math.inf  # where the server knows no ranges
             total = min(total, limit)
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(part, "wb") as file:
-                while chunk := answer.read(min(1 << 18, limit - file.tell())):
+                while chunk := answer.read1(min(1 << 18, limit - file.tell())):
                     digest.update(chunk)
                     file.write(chunk)
                     done = f"{file.tell() >> 20} of {total >> 20} MiB"
@@ -470,8 +477,8 @@ def fetch(
         if md5 and digest.hexdigest() != md5:
             raise OSError(f"its MD5 is {digest.hexdigest()}, not {md5}")
         part.replace(path)
-    except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = _line(getattr(error, "reason", error))
         raise MissingError(
             f"{wanted or path} is missing, and downloading {url} failed ({reason}): put it there"
         ) from error
@@ -505,40 +512,39 @@ def _unpack(archive: Path, members: str, folder: Path, count: int, url: str) -> 
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     try:
         part.mkdir(parents=True)
-        for name, content in _members(archive):
+        for name, size, content in _members(archive):
             if match := re.fullmatch(members, name):  # no name that it finds climbs out of a folder
+                if size > LARGEST_MEMBER:
+                    raise ValueError(f"{name} has {size} bytes")
                 (part / match[1]).parent.mkdir(exist_ok=True)
                 (part / match[1]).write_bytes(content())
         found = sum(path.is_file() for path in part.rglob("*"))
         if found != count:
             raise ValueError(f"{found} of {count} files found")
-        part.rename(folder)
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        tarfile.TarError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+        try:
+            part.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster
+                raise
+    except Exception as error:  # a broken archive may raise anything
         raise MissingError(
-            f"{url} does not hold what it should ({error}): fill {folder}"
+            f"{folder} is missing, and unpacking {url} failed ({_line(error)}): fill it"
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _members(archive: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """The name of each file in an archive, and what reads it."""
+def _members(archive: Path) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
+    """The name and size of each file in an archive, and what reads it; links are passed over."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as file:
-            for name in file.namelist():
-                yield name, partial(file.read, name)
+            for member in file.infolist():
+                yield member.filename, member.file_size, partial(file.read, member)
     else:
         with tarfile.open(archive) as file:
             for member in file:
                 if member.isfile():
-                    yield member.name, file.extractfile(member).read
+                    yield member.name, member.size, file.extractfile(member).read
 
 
 # ---------------------------------------------------------------- real data
@@ -569,7 +575,8 @@ CIFAR_RECORDS = 10000  # in each file
 def read_cifar(path: Path) -> Data:
     """Images [N, 3, 32, 32] and labels of CIFAR-10's binary format. Raises DataError."""
     try:
-        records = np.frombuffer(path.read_bytes(), np.uint8)
+        with open(path, "rb") as file:
+            records = np.frombuffer(file.read(CIFAR_RECORDS * 3073 + 1), np.uint8)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error}): delete its folder") from error
     if len(records) != CIFAR_RECORDS * 3073 or records[::3073].max() > 9:
@@ -582,33 +589,36 @@ def read_drawings(path: Path) -> np.ndarray:
     """The first rows [n, 784] of a .npy file of QuickDraw, uint8. Raises DataError."""
     try:
         with open(path, "rb") as file:
-            version = np.lib.format.read_magic(file)
-            read_header = getattr(np.lib.format, "read_array_header_{}_{}".format(*version))
-            shape, columns_first, dtype = read_header(file)
+            if np.lib.format.read_magic(file) != (1, 0):  # later ones allow headers of gigabytes
+                raise ValueError("it is not a .npy file of version 1.0")
+            shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
             if dtype != np.uint8 or columns_first or len(shape) != 2 or shape[1] != 784:
                 raise ValueError(f"it holds {dtype} {shape}, not uint8 (N, 784)")
-            rows = min(shape[0], QUICKDRAW_ROWS)
+            rows = max(0, min(shape[0], QUICKDRAW_ROWS))
             values = file.read(rows * 784)
         if len(values) < rows * 784 or rows < 6:
             raise ValueError("it ends early, or has fewer than 6 drawings")
         return np.frombuffer(values, np.uint8).reshape(rows, 784)
     except Exception as error:  # NumPy parses the header as Python: anything may come of it
-        raise DataError(f"{path} cannot be read ({error}): delete it") from error
+        raise DataError(f"{path} cannot be read ({_line(error)}): delete it") from error
 
 
 MAT_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8"}
 MAT_MATRIX, MAT_COMPRESSED = 14, 15
+MAT_BYTES = 1 << 28  # more than SVHN's files hold
 
 
 def read_mat(path: Path) -> dict[str, np.ndarray]:
     """The real arrays of a MATLAB-5 file, by name. Raises DataError."""
     try:
-        content = path.read_bytes()
+        with open(path, "rb") as file:
+            content = file.read(MAT_BYTES)
         order = {b"IM": "<", b"MI": ">"}[content[126:128]]
-        arrays = {}
+        arrays, room = {}, MAT_BYTES
         for kind, element in _elements(content[128:], order):
             if kind == MAT_COMPRESSED:
-                element = zlib.decompressobj().decompress(element, 1 << 28)  # bounded
+                element = zlib.decompressobj().decompress(element, room)
+                room = max(1, room - len(element))  # 0 would be no limit
                 ((kind, element),) = _elements(element, order)
             if kind != MAT_MATRIX:
                 raise ValueError(f"an element of type {kind}")
@@ -617,8 +627,9 @@ def read_mat(path: Path) -> dict[str, np.ndarray]:
             values = np.frombuffer(values[1], order + MAT_TYPES[values[0]])
             arrays[name[1].decode()] = values.reshape(shape, order="F")
         return arrays
-    except (OSError, KeyError, ValueError, struct.error, zlib.error) as error:
-        raise DataError(f"{path} cannot be read as a MATLAB file ({error}): delete it") from error
+    except (OSError, LookupError, ValueError, struct.error, zlib.error) as error:
+        reason = f"{path} cannot be read as a MATLAB file ({_line(error)}): delete it"
+        raise DataError(reason) from error
 
 
 def _elements(content: bytes, order: str) -> Iterator[tuple[int, bytes]]:
@@ -805,6 +816,7 @@ def _pillow():
         from PIL import Image
     except ImportError:
         raise DataError("images are read with Pillow: pip install pillow") from None
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
     return Image
 
 
@@ -812,10 +824,10 @@ def _decode(path: Path):
     """An RGB image of Pillow."""
     image = _pillow()
     try:
-        with image.open(path) as file:
+        with image.open(path, formats=("JPEG", "PNG")) as file:
             return file.convert("RGB")
-    except (OSError, ValueError, SyntaxError, image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read as an image ({error}): delete it") from error
+    except Exception as error:  # a broken image may raise anything
+        raise DataError(f"{path} cannot be read as an image ({_line(error)}): delete it") from error
 
 
 @cache
