@@ -122,6 +122,18 @@ def surgery(net: nn.Sequential, tuned: nn.Sequential, unit: int) -> nn.Sequentia
     return nn.Sequential(OrderedDict(net.named_children()) | {name: tuned[unit - 1]})
 
 
+@contextlib.contextmanager
+def _enough_memory():
+    """Running out of it is a MemoryError, which says what to lower."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            hint = "out of memory: lower Settings.cache_bytes, then batch_size"
+            raise MemoryError(hint) from error
+        raise
+
+
 def accuracy(net: nn.Sequential, data: Data, settings: Settings = Settings()) -> float:
     """Top-k accuracy of `net`, in evaluation mode, on `data`: in [0, 1].
 
@@ -130,6 +142,7 @@ def accuracy(net: nn.Sequential, data: Data, settings: Settings = Settings()) ->
     return correct(net, data, settings).sum().item() / len(data[1])
 
 
+@_enough_memory()
 def correct(net: nn.Sequential, data: Data, settings: Settings = Settings()) -> torch.Tensor:
     """Is each image of `data` right by `top_k`? bool [N], on the CPU. Raises as `accuracy`."""
     source = _SOURCE.get() or _Source(net, settings)
@@ -259,6 +272,10 @@ class _Source:
         self.net, self.names = net, [name for name, _ in net.named_children()]
         home = next(net.parameters()).device
         device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device {device}: {str(error).splitlines()[0]}") from error
         self.units = self._copies(device)
         self.device = next(nn.ModuleList(self.units).parameters()).device
         self.home = self.units if home == self.device else self._copies(home)
@@ -344,6 +361,7 @@ class _Source:
 # ---------------------------------------------------------------- training (section 5.1)
 
 
+@_enough_memory()
 def fine_tune(
     net: nn.Sequential,
     units: Units,
@@ -362,7 +380,7 @@ def fine_tune(
     buffers stay as they are, dropout is off. Protocol of section 5.1.
     `report(epoch, accuracy)` is called after each validation.
 
-    Raises ValueError for a network, units or data that cannot be worked with.
+    Raises ValueError for a network, units or data that cannot be worked with, and MemoryError.
     """
     start = time.perf_counter()
     if epochs is not None and epochs < 1:
@@ -507,6 +525,8 @@ class _Captured:
             try:
                 with torch.cuda.graph(graph, stream=self.stream):
                     self.step(place)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 raise ValueError("the network needs Settings(cuda_graph=False)") from error
             self.graphs[size] = graph, place
@@ -741,6 +761,7 @@ def retrieval(
 
 @torch.no_grad()
 @_exact()
+@_enough_memory()
 def _features(net: nn.Sequential, x: torch.Tensor, settings: Settings) -> torch.Tensor:
     """The input of the last unit: [N, D]."""
     unlabelled = x, torch.zeros(len(x), dtype=torch.int64)

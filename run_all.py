@@ -14,6 +14,7 @@ and figures can be had once more.
 
 import argparse
 import base64
+import contextlib
 import copy
 import ctypes
 import hashlib
@@ -28,12 +29,11 @@ import tempfile
 import time
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
-from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -503,12 +503,10 @@ def source_network(family: Family, root: Path | None, out: Path, device: str | N
         return family.weights(path)
     domain = shifts.load(name, None, root)
     net = seeded(family.build, 0)
-    made_of = hashlib.md5(f"{net} {family.pretraining}".encode())
-    for tensor in (*domain["source"], *domain["val"]):
-        made_of.update(tensor.numpy())
+    made_of = digest(f"{net} {family.pretraining}", (*domain["source"], *domain["val"]))
     path = out / f"source-{name}-{'real' if root else 'builtin'}.pt"
     settings = replace(family.pretraining, device=device)
-    state = kept_network(path, made_of.hexdigest())
+    state = kept_network(path, made_of)
     if state is None:
         progress = Progress([1])
 
@@ -519,7 +517,8 @@ def source_network(family: Family, root: Path | None, out: Path, device: str | N
         data = domain["source"], domain["val"]
         state = flextune.fine_tune(net, "all", *data, settings, None, report).net.state_dict()
         clear_line()
-        save({"made_of": made_of.hexdigest(), "net": state}, path)
+        kept = {"made_of": made_of, "net": state, "md5": digest(made_of, state.values())}
+        save(kept, path)
     net.load_state_dict(state)
     own = flextune.accuracy(net, domain["test"], settings)
     network = "narrow " * bool(family.weights) + family.network
@@ -532,12 +531,21 @@ def kept_network(path: Path, made_of: str) -> dict | None:
     """The state in `path`, if it is of a network that was made of the same."""
     try:
         kept = torch.load(path, weights_only=True)
+        if kept["md5"] != digest(kept["made_of"], kept["net"].values()):  # torch does not look
+            raise ValueError
         return kept["net"] if kept["made_of"] == made_of else None
     except FileNotFoundError:
         return None
-    except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, UnpicklingError):
+    except Exception:  # noqa: BLE001 a broken file may raise anything
         print(f"{path} cannot be read: the source network is trained anew", file=sys.stderr)
         return None
+
+
+def digest(text: str, tensors: Iterable[torch.Tensor]) -> str:
+    md5 = hashlib.md5(text.encode())
+    for tensor in tensors:
+        md5.update(tensor.contiguous().numpy())
+    return md5.hexdigest()
 
 
 def has_gallery(run: Run) -> bool:
@@ -563,10 +571,13 @@ def source_gallery(family: Family, root: Path | None) -> shifts.Data:
 
 
 def append(rows: list[dict], out: Path) -> None:
-    """Add result rows to this rank's file, all or none of them. Raises OSError."""
+    """Add those result rows that are new to this rank's file, all or none. Raises OSError."""
     path = out / f"results{f'-{RANK}' * (RANK > 0)}.jsonl"
-    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
     with open(path, "a+b", buffering=0) as file:
+        lock(file)  # another sweep may use the folder, too
+        known = read(out)
+        new = [row for row in rows if not row.keys() <= known.get(key(row), {}).keys()]
+        text = "".join(json.dumps(row | {"crc": crc(row)}) + "\n" for row in new).encode()
         before = file.seek(0, os.SEEK_END)
         file.seek(max(0, before - 1))
         if file.read(1) not in (b"", b"\n"):
@@ -576,17 +587,39 @@ def append(rows: list[dict], out: Path) -> None:
             raise OSError(f"{path}: no space left for the results")
 
 
+def lock(file) -> None:
+    """Wait until no other process has locked the file, and lock it until it is closed."""
+    with contextlib.suppress(ImportError, OSError):  # Windows, some network file systems
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
 def read(out: Path) -> dict[str, dict]:
     """All result rows, by `key`; those of the same key complete each other."""
     rows = {}
     for path in (*out.glob("results.jsonl"), *sorted(out.glob("results-[0-9]*.jsonl"))):
-        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        lines = enumerate(path.read_bytes().splitlines(), 1)
+        for number, line in ((number, line) for number, line in lines if line):
             try:
                 row = json.loads(line)
+                if row.pop("crc") != crc(row):
+                    raise ValueError
                 rows[key(row)] = rows.get(key(row), {}) | row
-            except (ValueError, LookupError, TypeError, AttributeError):
-                print(f"{path}, line {number}: not a result, passed over", file=sys.stderr)
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                warn(f"{path}, line {number}: not a result of this version, passed over")
     return rows
+
+
+@cache
+def warn(text: str) -> None:
+    """Say it once."""
+    print(text, file=sys.stderr)
+
+
+def crc(row: dict) -> int:
+    """What tells whether a row is as it was written."""
+    return zlib.crc32(json.dumps(row, sort_keys=True).encode())
 
 
 def key(row: dict) -> str:
@@ -1268,10 +1301,22 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}; see --help\n")
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1, not {text}")
+def whole(text: str, least: int = 0) -> int:
+    if not text.isdecimal() or len(text) > 9 or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number from {least}, not {text[:20]}")
     return int(text)
+
+
+positive = partial(whole, least=1)
+
+
+def gib(text: str) -> float:
+    try:
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be a number from 0, not {text}")
 
 
 def device(text: str) -> str:
@@ -1322,7 +1367,7 @@ def parser() -> Parser:
         metavar="N",
         help="draws of the training images; default: 20 at the smallest ratio, else 1",
     )
-    add("--seed", type=int, default=0, help="of the first run, the next ones count up from it")
+    add("--seed", type=whole, default=0, help="of the first run, the next ones count up from it")
     add(
         "--max-epochs",
         type=positive,
@@ -1333,6 +1378,13 @@ def parser() -> Parser:
         "--bfloat16",
         action="store_true",
         help="fine-tune with bfloat16 products, faster where the processor has units for them",
+    )
+    add(
+        "--cache-gib",
+        type=gib,
+        default=2,
+        metavar="G",
+        help="memory for the frozen units' output, recomputed beyond it; default: 2",
     )
     add(
         "--image-to-image",
@@ -1444,23 +1496,28 @@ def check_options(args, pairs: list[tuple[str, str]]) -> None:
             raise UsageError(f"--ratio: the largest of {' -> '.join(pair)} is {largest}")
     if args.save and sum(len(runs_of(pair, None, args)) for pair in pairs) > 1:
         raise UsageError("--save keeps one network: give one --target, one --ratio and --runs 1")
-    for folder in (args.out, args.figures, args.save and args.save.parent):
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-    append([], args.out)
     if args.figures:
         try:
             import matplotlib  # noqa: F401
         except ImportError:
             raise UsageError("--figures needs matplotlib: pip install matplotlib") from None
+    parent = args.save and args.save.parent
+    for option, folder in (("--out", args.out), ("--figures", args.figures), ("--save", parent)):
+        try:
+            if folder:
+                folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise UsageError(f"{option}: no file can be written there: {error}") from error
+    append([], args.out)
 
 
 def runs_of(pair: tuple[str, str], root: Path | None, args) -> list[Run]:
     """The scenario-runs of a scenario that are asked for, with their data in `root`."""
     family = family_of(pair, root)
     methods = methods_of(family, args.methods) + ["flex-i2i"] * args.image_to_image
-    settings = replace(family.tuning, device=args.device, bfloat16=args.bfloat16)
+    own = {"device": args.device, "bfloat16": args.bfloat16}
+    settings = replace(family.tuning, **own, cache_bytes=int(args.cache_gib * 2**30))
     if args.max_epochs:
         settings = replace(settings, max_epochs=min(settings.max_epochs, args.max_epochs))
     return [
@@ -1523,7 +1580,9 @@ def run_scenarios(args, pairs: list[tuple[str, str]]) -> None:
     kept = "flex" if "flex" in wanted[0].methods else wanted[0].methods[-1]
     loaded = None
     for number in shared(len(todo)):
-        run, paused = todo[number], time.perf_counter()
+        run, paused = missing(todo[number], read(args.out), args), time.perf_counter()
+        if run is None:  # another sweep in this folder has it
+            continue
         if loaded != (run.pair, run.root):
             domain, loaded = None, (run.pair, run.root)  # one in memory at a time
             wants_gallery = 4 in args.table and has_gallery(run)
@@ -1591,6 +1650,10 @@ def main(argv: list[str] | None = None) -> None:
     except (UsageError, shifts.DataError, models.WeightsError, OSError) as error:
         clear_line()
         parse.exit(2, f"{parse.prog}: error: {error}\n")
+    except MemoryError as error:
+        clear_line()
+        reason = f"{error or 'out of memory'}: try less than --cache-gib {args.cache_gib:g}"
+        parse.exit(2, f"{parse.prog}: error: {reason}\n")
     except KeyboardInterrupt:
         clear_line()
         parse.exit(130, f"{parse.prog}: interrupted; finished runs are in {args.out}\n")
@@ -1598,4 +1661,8 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace", line_buffering=True)  # where there is no UTF-8
-    main()
+    try:
+        main()
+    finally:
+        with contextlib.suppress(OSError):
+            sys.__stdout__.close()  # if nothing can be printed, it has been said: not once more
