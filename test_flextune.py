@@ -5,6 +5,7 @@ They need no network and no data; the whole suite takes about two minutes on two
 
 import base64
 import colorsys
+import contextlib
 import copy
 import gzip
 import hashlib
@@ -12,9 +13,11 @@ import http.server
 import io
 import json
 import os
+import random
 import re
 import runpy
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -24,6 +27,7 @@ import time
 import types
 import zipfile
 import zlib
+from collections import OrderedDict
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -558,6 +562,12 @@ def test_top_k_is_the_measure_everywhere(source, train, val):
     for unit, a in selection.proxies.items():
         proxy = flextune.surgery(source, selection.tuned["all"].net, unit)
         assert a == flextune.accuracy(proxy, val, settings)
+
+
+def test_a_class_without_training_images(source, train, val):
+    x, y = train
+    result = fine_tune(source, "all", (x[y > 0], y[y > 0]), val, FAST)
+    assert not result.diverged and 0 < result.accuracy <= 1
 
 
 def test_one_training_image_and_one_validation_image(source):
@@ -1098,20 +1108,24 @@ def test_files_that_are_not_mnist(mnist):
 
 @pytest.fixture
 def server():
-    """An HTTP server of the test's own: a dictionary of path to (headers, body), and its URL."""
+    """An HTTP server of the test's own: a dictionary of path to (headers, body[, pause]); its URL."""
     pages = {}
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            headers, body = pages.get(self.path, ({}, None))
+            headers, body, *seconds = pages.get(self.path, ({}, None))
+            (seconds,) = seconds or (0,)  # to wait after the body
             wanted = re.fullmatch(r"bytes=0-(\d+)", self.headers.get("Range", ""))
             if wanted and headers.get("Accept-Ranges"):
                 body = body[: int(wanted[1]) + 1]
-            self.send_response(404 if body is None else 206 if wanted else 200)
+            status = 404 if body is None else 206 if wanted else 200
+            self.send_response(302 if "Location" in headers else status)
             for name, value in ({"Content-Length": len(body or b"")} | headers).items():
                 self.send_header(name, str(value))
             self.end_headers()
             self.wfile.write(body or b"")
+            self.wfile.flush()
+            time.sleep(seconds)
 
         def log_message(self, *_):
             pass
@@ -1122,7 +1136,16 @@ def server():
         running.shutdown()
 
 
-def test_fetch_gets_the_whole_file_or_none(tmp_path, server):
+@contextlib.contextmanager
+def no_file_larger_than(size):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_fetch_gets_the_whole_file_or_none(tmp_path, server, monkeypatch):
     pages, url = server
     body = bytes(range(256)) * 4000
     pages["/good"] = {}, body
@@ -1132,13 +1155,26 @@ def test_fetch_gets_the_whole_file_or_none(tmp_path, server):
     path = shifts.fetch(f"{url}/good", tmp_path / "new" / "good", right, lambda *a: seen.append(a))
     assert path.read_bytes() == body
     assert seen[-1] == ("downloading good, 0 of 0 MiB", len(body), len(body))
+    pages["/loop"] = {"Location": "/loop"}, b""
+    pages["/away"] = {"Location": "file:///etc/hostname"}, b""
+    pages["/length"] = {"Content-Length": "many"}, body
+    pages["/slow"] = {"Content-Length": len(body) + 1}, body, 1
+    monkeypatch.setattr(shifts, "TIMEOUT", 0.3)
     for page, md5, reason in (
         ("good", "0" * 32, f"its MD5 is {right}, not {'0' * 32}"),
         ("cut", None, "ended|IncompleteRead"),
         ("none", None, "404|Not Found"),
+        ("loop", None, "infinite loop"),
+        ("away", None, "not allowed"),
+        ("length", None, "many"),
+        ("slow", None, "timed out"),
     ):
-        with pytest.raises(shifts.MissingError, match=reason):
+        with pytest.raises(shifts.MissingError, match=reason) as caught:
             shifts.fetch(f"{url}/{page}", tmp_path / page, md5)
+        assert "\n" not in str(caught.value)
+    full = pytest.raises(shifts.MissingError, match="File too large")  # nearly as on a full disk
+    with no_file_larger_than(1 << 18), full:
+        shifts.fetch(f"{url}/good", tmp_path / "full", right)
     with pytest.raises(shifts.MissingError, match="refused"):
         shifts.fetch("http://127.0.0.1:1/x", tmp_path / "refused")
     with pytest.raises(shifts.MissingError, match="Not a directory|File exists"):
@@ -1966,7 +2002,8 @@ def test_progress_tells_the_time_left(monkeypatch, capsys):
 
 def test_results_are_appended_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "results.jsonl"
-    run_all.append([{"a": 1}], tmp_path)
+    run_all.append([row("flex", 0, 0.5)], tmp_path)
+    before = path.read_bytes()
 
     class Full(io.FileIO):
         def write(self, text):
@@ -1974,8 +2011,35 @@ def test_results_are_appended_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr("builtins.open", lambda path, mode, buffering: Full(path, mode))
     with pytest.raises(OSError, match="no space left"):
-        run_all.append([{"a": 2}, {"a": 3}], tmp_path)
-    assert path.read_bytes() == b'{"a": 1}\n'
+        run_all.append([row("flex", 1, 0.5), row("flex", 2, 0.5)], tmp_path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_killed_writer_leaves_whole_rows(tmp_path):
+    rng, written = random.Random(0), 0
+    for _ in range(50):
+        if (child := os.fork()) == 0:
+            while True:
+                written += 1
+                run_all.append([row("flex", written, 0.5), row("ft-all", written, 0.4)], tmp_path)
+        time.sleep(rng.uniform(0, 0.02))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        rows = run_all.read(tmp_path).values()
+        written = max((one["seed"] for one in rows), default=0)
+        assert len(rows) == 2 * written  # none lost; what was cut was not there for anyone
+        assert (tmp_path / "results.jsonl").read_bytes().count(b'"flex"') >= written
+    assert written >= 10
+
+
+def test_what_another_sweep_has_written_is_not_written_again(tmp_path):
+    rows = [row("flex", seed, 0.5) for seed in range(3)]
+    run_all.append(rows[:2], tmp_path)
+    run_all.append(rows, tmp_path)
+    run_all.append([rows[0] | {"retrieval": 0.3}], tmp_path)  # there is more of this one
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["seed"] for line in lines] == [0, 1, 2, 0]
 
 
 def test_steps_of_unequal_cost(monkeypatch, capsys):
@@ -2005,7 +2069,7 @@ def test_what_has_a_result_is_not_run_again(quick, capsys, monkeypatch):
     path.write_bytes(b"".join(lines[:10]) + lines[10][:99])  # cut in the middle of a line
     quick(f"{SWEEP} --methods source ft-fc-1 --table 3")
     out, err = capsys.readouterr()
-    assert "results.jsonl, line 11: not a result, passed over" in err
+    assert err.count("results.jsonl, line 11: not a result of this version, passed over") == 1
     assert "5 of 8 runs have" in out
     assert (
         out[out.index("\nmnist -> blurry") :].splitlines()[:9:3]
@@ -2087,14 +2151,17 @@ def test_two_ranks_and_a_killed_sweep_end_with_the_same_table(tmp_path, monkeypa
     }
     assert files.keys() == {"results.jsonl", "results-1.jsonl"}
     assert sum(map(len, files.values())) == 8 * 3
-    killed = start("three")
-    while len(run_all.read(tmp_path / "three")) < 3:
-        time.sleep(0.05)
-    killed.kill()
-    killed.wait()
-    assert table(start("three")) == expected
+    rng = random.Random(0)
+    for _ in range(int(os.environ.get("KILLS", "2"))):  # at random moments
+        killed, rows = start("three"), len(run_all.read(tmp_path / "three"))
+        time.sleep(rng.uniform(2, 5))
+        killed.kill()
+        killed.communicate()
+        assert len(run_all.read(tmp_path / "three")) >= rows
+    at_once = start("three"), start("three")  # two sweeps in a folder
+    assert [table(process) for process in at_once] == [expected, expected]
     lines = (tmp_path / "three" / "results.jsonl").read_text().splitlines()
-    assert len(lines) == 8 * 3  # no row twice, none broken
+    assert len([line for line in lines if line.endswith("}")]) == 8 * 3  # none lost, none twice
 
 
 def test_rows_of_the_same_result_complete_each_other(tmp_path, capsys):
@@ -2103,11 +2170,16 @@ def test_rows_of_the_same_result_complete_each_other(tmp_path, capsys):
         ("results-1", {"retrieval": 0.5}),
         ("results-old", {"x": 1}),
     ):
-        text = json.dumps(row("flex", 0, 0.9, **more))
-        (tmp_path / f"{name}.jsonl").write_text(f'{text}\n{{"settings": []}}\n[]\n')
+        whole = row("flex", 0, 0.9, **more)
+        other = json.dumps(whole | {"val": 0.8, "crc": run_all.crc(whole)})  # changed by hand
+        text = json.dumps(whole | {"crc": run_all.crc(whole)})
+        old = json.dumps(whole)  # of an older version
+        (tmp_path / f"{name}.jsonl").write_text(f"{text}\n{other}\n\n{old}\n[]\n{'[' * 9999}\n")
     (read,) = run_all.read(tmp_path).values()
     assert read["retrieval"] == 0.5 and "x" not in read
-    assert capsys.readouterr().err.count("not a result, passed over") == 4
+    assert read["val"] == 0.9
+    run_all.read(tmp_path)
+    assert capsys.readouterr().err.count("not a result of this version, passed over") == 8  # once
 
 
 def test_each_network_is_trained_once_and_charged_to_each_method(quick, monkeypatch):
@@ -2147,15 +2219,18 @@ def test_the_source_network_is_kept_and_a_broken_one_replaced(quick, capsys, mon
     with monkeypatch.context() as patch:
         patch.setattr(flextune, "fine_tune", lambda *_: pytest.fail("trains"))
         quick(f"{command} --seed 1")
-    kept.write_bytes(content[: len(content) // 2])
-    quick(f"{command} --seed 2")
-    assert "cannot be read: the source network is trained anew" in capsys.readouterr().err
+    middle = len(content) // 2
+    flipped = bytes([content[middle] ^ 1])
+    for seed, rest in ((2, b""), (3, flipped + content[middle + 1 :])):
+        kept.write_bytes(content[:middle] + rest)
+        quick(f"{command} --seed {seed}")
+        assert "cannot be read: the source network is trained anew" in capsys.readouterr().err
     first, *others = (row["test"] for row in results())
-    assert others == [first, first]
+    assert others == [first, first, first]
     family = run_all.SCENARIOS["mnist", "blurry"]
     longer = replace(family, pretraining=Settings(max_epochs=2))
     monkeypatch.setitem(run_all.SCENARIOS, ("mnist", "blurry"), longer)
-    quick(f"{command} --seed 3")  # other settings, another network
+    quick(f"{command} --seed 4")  # other settings, another network
     assert results()[-1]["test"] != first
 
 
@@ -2219,6 +2294,10 @@ def test_list_shows_every_scenario_and_its_data(quick, capsys, mnist):
         ("--table 2", "argument --table: invalid choice: 2"),
         ("--source mnist --target blurry --figures /dev/null/x", "/dev/null"),
         ("--nonsense", "unrecognized arguments: --nonsense"),
+        ("--seed -1", "argument --seed: must be a whole number from 0, not -1"),
+        ("--runs 0", "argument --runs: must be a whole number from 1, not 0"),
+        (f"--runs {'9' * 30}", "argument --runs: must be a whole number from 1, not 999"),
+        ("--cache-gib nan", "argument --cache-gib: must be a number from 0, not nan"),
     ],
 )
 def test_usage_errors_are_one_line(quick, capsys, command, message):
@@ -2241,6 +2320,286 @@ def test_ctrl_c_ends_with_130(quick, capsys, monkeypatch):
         quick(command)
     assert caught.value.code == 130
     assert capsys.readouterr().err.endswith("interrupted; finished runs are in results\n")
+
+
+# ---------------------------------------------------------------- broken files
+
+MUTANTS = int(os.environ.get("MUTANTS", "2000"))  # broken files for each reader
+MEMORY = 1 << 30  # bytes that no reader needs for a small broken file
+
+
+def mutants(content):
+    """The file cut, lengthened, with bits flipped, and with parts erased, copied or replaced."""
+    rng = random.Random(len(content))
+    for _ in range(MUTANTS):
+        broken = bytearray(content)
+        for _ in range(rng.choice((1, 1, 1, 2, 8))):
+            start = rng.choice((rng.randrange(len(broken) + 1), rng.randrange(64)))
+            end = start + rng.choice((1, 2, 4, 8, rng.randrange(len(broken) + 1)))
+            some = rng.choice(
+                (rng.randbytes(4), b"\0" * 4, b"\xff" * 4, b"", broken[start:end] * 2)
+            )
+            bit = (broken[start % len(broken)] ^ 1 << rng.randrange(8)).to_bytes()
+            change = rng.randrange(3)
+            if change == 0:
+                del broken[start:]
+            elif change == 1:
+                broken[start : start + 1] = bit
+            else:
+                broken[start:end] = some
+            broken = broken or bytearray(1)
+        yield bytes(broken)
+
+
+def check_mutants(path, content, read, sane, error=shifts.DataError):
+    """What is read is sane, or there is the error (if any), in a line that names the file; soon,
+    and in bounded memory."""
+    path.write_bytes(content)
+    assert sane(read(path))
+    run_all.reset_peak_memory()
+    before, right = run_all.peak_memory(), 0
+    for broken in mutants(content):
+        path.write_bytes(broken)
+        start = time.perf_counter()
+        try:
+            result = read(path)
+        except error as caught:
+            assert str(path) in str(caught) and "\n" not in str(caught)
+        else:
+            assert sane(result)
+            right += 1
+        assert time.perf_counter() - start < 5
+    assert right < MUTANTS or not error
+    assert not run_all.peak_memory() - before > MEMORY
+
+
+@pytest.mark.parametrize("name", ["idx", "idx.gz"])
+def test_broken_idx_files(tmp_path, name):
+    content = idx(ARRAY) if name == "idx" else gzip.compress(idx(ARRAY))
+    check_mutants(tmp_path / name, content, shifts.read_idx, lambda x: x.dtype == torch.uint8)
+
+
+def test_broken_cifar_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(shifts, "CIFAR_RECORDS", 4)
+
+    def sane(data):
+        return data[0].shape == (4, 3, 32, 32) and data[1].max() < 10
+
+    check_mutants(tmp_path / "x.bin", records(4, 0).tobytes(), shifts.read_cifar, sane)
+
+
+def test_broken_drawings(tmp_path):
+    content = npy(np.random.default_rng(0).integers(0, 256, (9, 784), np.uint8))
+
+    def sane(x):
+        return x.dtype == np.uint8 and x.shape[1] == 784
+
+    check_mutants(tmp_path / "x.npy", content, shifts.read_drawings, sane)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_broken_matlab_files(tmp_path, compressed):
+    arrays = {"X": ARRAY, "y": np.ones((2, 1), np.uint8)}
+
+    def sane(found):
+        return all(isinstance(array, np.ndarray) for array in found.values())
+
+    check_mutants(tmp_path / "x.mat", mat(arrays, compressed), shifts.read_mat, sane)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_broken_images(tmp_path, kind):
+    pytest.importorskip("PIL")
+    content = photo_file((10, 200, 30), kind=kind)
+    check_mutants(tmp_path / "x", content, shifts._decode, lambda image: image.mode == "RGB")
+
+
+def test_broken_weights(tmp_path, monkeypatch):
+    net = nn.Sequential(OrderedDict(logits=models._named(linear=nn.Linear(3, 2))))
+    monkeypatch.setattr(models, "inception2", lambda: copy.deepcopy(net))
+    weights = {"logits/weights": np.ones((3, 2), np.float32), "logits/biases": np.ones(2)}
+    save_weights(tmp_path / "good.npz", weights)
+
+    def sane(read):
+        return all((weight == 1).all() for weight in read.parameters())
+
+    content = (tmp_path / "good.npz").read_bytes()
+    path = tmp_path / "x.npz"
+    check_mutants(path, content, models.load_inception2, sane, models.WeightsError)
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_broken_archives(tmp_path, kind):
+    members = {f"top/{number}.jpg": bytes(100) for number in range(3)}
+    content, folder = tar(members), tmp_path / "to"
+    if kind == "zip":
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, photo in members.items():
+                archive.writestr(name, photo)
+        content = file.getvalue()
+
+    def read(path):
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            shifts._unpack(path, r"top/(\w+\.jpg)", folder, 3, str(path))
+        except shifts.MissingError:
+            assert not folder.exists()
+            raise
+        return folder
+
+    check_mutants(tmp_path / "x", content, read, lambda to: len(list(to.iterdir())) == 3)
+    assert {path.name for path in tmp_path.iterdir()} <= {"x", "to"}
+
+
+def test_broken_source_networks(tmp_path):
+    state = nn.Linear(3, 2).state_dict()
+    file = io.BytesIO()
+    torch.save({"made_of": "", "net": state, "md5": run_all.digest("", state.values())}, file)
+
+    def sane(read):
+        return read is None or all(torch.equal(read[name], state[name]) for name in state)
+
+    read = partial(run_all.kept_network, made_of="")
+    check_mutants(tmp_path / "x.pt", file.getvalue(), read, sane, error=())
+
+
+def test_broken_results(tmp_path):
+    rows = [row("flex", seed, 0.5) for seed in range(3)]
+    run_all.append(rows, tmp_path)
+    path, known = tmp_path / "results.jsonl", json.loads(json.dumps(rows))
+    content = path.read_bytes()
+
+    def read(path):
+        return list(run_all.read(tmp_path).values())
+
+    check_mutants(path, content, read, lambda found: all(row in known for row in found), error=())
+
+
+class Vast:
+    def __reduce__(self):
+        return np.ndarray, ((1 << 36,), np.dtype("u1"))  # allocated, not yet written to
+
+
+def png(side):
+    """A black PNG file of one bit a pixel."""
+
+    def chunk(kind, data):
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    pixels = zlib.compress(bytes(side * (side // 8 + 1)), 1)
+    parts = {b"IHDR": header, b"IDAT": pixels, b"IEND": b""}
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts.items())
+
+
+@pytest.mark.parametrize("name", ["x.gz", "x.mat", "vast.npz", "deflated.npz", "9600", "20000"])
+def test_a_small_file_cannot_fill_the_memory(tmp_path, name):
+    zeros, path, read = bytes(1 << 28), tmp_path / name, shifts._decode
+    if name == "x.gz":
+        path.write_bytes(gzip.compress(b"\0\0\x08\3" + b"\xff" * 12 + zeros, 1))
+        read = shifts.read_idx
+    elif name == "x.mat":
+        packed = zlib.compress(
+            mat({"X": np.frombuffer(zeros, np.uint8)[: 3 << 26]}, False)[128:], 1
+        )
+        element = struct.pack("<II", 15, len(packed)) + packed
+        path.write_bytes(mat({}, False) + element * 8)
+        read = shifts.read_mat
+    elif name == "deflated.npz":
+        np.savez_compressed(path, names=np.frombuffer(zeros, np.uint8), values=np.ones(1))
+        read = models.load_inception2
+    elif name == "vast.npz":
+        values = np.empty(1, object)
+        values[:] = [Vast()]
+        np.savez(path, names=np.array(["logits/biases"]), values=values)
+        read = models.load_inception2
+    else:
+        pytest.importorskip("PIL")
+        path.write_bytes(png(int(name)))
+    assert path.stat().st_size < 1 << 24
+    run_all.reset_peak_memory()
+    before = run_all.peak_memory()
+    with pytest.raises((shifts.DataError, models.WeightsError), match=str(path)):
+        read(path)
+    assert not run_all.peak_memory() - before > MEMORY
+
+
+def test_no_member_of_an_archive_climbs_out_of_its_folder(tmp_path):
+    good = {f"a/{number}.jpg": b"photo" for number in range(2)}
+    file = io.BytesIO(gzip.decompress(tar(good | {"../b.jpg": b"", "/tmp/c.jpg": b""})))
+    with tarfile.open(fileobj=file, mode="a") as archive:
+        for name, kind in (("a/d.jpg", tarfile.SYMTYPE), ("a/e.jpg", tarfile.LNKTYPE)):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "/etc/hostname"
+            archive.addfile(link)
+    (tmp_path / "x.tar").write_bytes(file.getvalue())
+    shifts._unpack(tmp_path / "x.tar", r".*?(\w+\.jpg)", tmp_path / "to", 4, "url")
+    assert sorted(path.name for path in (tmp_path / "to").iterdir()) == [
+        *("0.jpg", "1.jpg", "b.jpg", "c.jpg")
+    ]  # in the folder, if at all
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["to", "x.tar"]
+    # Another process was faster: what it unpacked stays.
+    (tmp_path / "to" / "0.jpg").write_text("its own")
+    shifts._unpack(tmp_path / "x.tar", r"a/(\w+\.jpg)", tmp_path / "to", 2, "url")
+    assert (tmp_path / "to" / "0.jpg").read_text() == "its own"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shifts, "LARGEST_MEMBER", 4)
+        with pytest.raises(shifts.MissingError, match="0.jpg has 5 bytes"):
+            shifts._unpack(tmp_path / "x.tar", r"a/(\w+\.jpg)", tmp_path / "new", 2, "url")
+
+
+def test_two_processes_may_download_the_same_file(tmp_path, server):
+    pages, url = server
+    body = bytes(range(256)) * 4000
+    pages["/x"] = {}, body
+    program = f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+import shifts
+for n in range(20):
+    shifts.fetch("{url}/x", shifts.Path("x"), {hashlib.md5(body).hexdigest()!r})
+"""
+    command = [sys.executable, "-c", program]
+    both = [subprocess.Popen(command, cwd=tmp_path) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").read_bytes() == body
+
+
+def test_links_that_lead_nowhere(mnist):
+    pytest.importorskip("PIL")
+    (mnist / "bsds500").mkdir()
+    (mnist / "bsds500" / "1.jpg").symlink_to("1.jpg")
+    with pytest.raises(shifts.DataError, match="1.jpg cannot be read as an image"):
+        shifts.load("mnist", "mnist-m", mnist)
+    shutil.rmtree(mnist / "bsds500")
+    (mnist / "bsds500").symlink_to("bsds500")
+    assert not shifts.present("mnist", "mnist-m", mnist)["bsds500"]
+
+
+def test_out_of_memory_names_the_budget(quick, capsys, monkeypatch, source, train, val):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nMore lines.")
+
+    monkeypatch.setattr(flextune, "cross_entropy", full)
+    with pytest.raises(MemoryError, match="lower Settings.cache_bytes"):
+        fine_tune(source, 2, train, val, FAST)
+    monkeypatch.setattr(flextune, "_correct", full)
+    command = "--source mnist --target blurry --ratio 3 --data builtin --cache-gib 0.5"
+    assert "try less than --cache-gib 0.5" in fails(capsys, lambda: quick(command))
+
+
+@pytest.mark.parametrize("where", ["/dev/full", "a closed pipe"])
+def test_where_nothing_can_be_printed(where):
+    command = [sys.executable, HERE / "run_all.py", "--list", "--data", "builtin"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe, open("/dev/full", "w") as full:
+        out = {"stdout": full if where == "/dev/full" else pipe, "stderr": subprocess.PIPE}
+        ended = subprocess.run(command, check=False, text=True, **out)
+    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
 
 
 # ---------------------------------------------------------------- files that are copied away
@@ -2339,3 +2698,10 @@ def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
 def test_continuous_integration_runs_the_second_command_of_the_readme():
     commands = re.findall(r"^    (pip install .*)", (HERE / "README.md").read_text(), re.MULTILINE)
     assert commands[1] == (HERE / ".ci/run").read_text().splitlines()[-1]
+
+
+def test_every_promise_has_its_tests():
+    promises = (HERE / "README.md").read_text().split("## What is promised")[1].split("\n## ")[0]
+    rows = [line for line in promises.splitlines() if line.startswith("| ")][1:]
+    assert all(name in globals() for row in rows for name in re.findall(r"`(\w+)`", row))
+    assert all("`test_" in row for row in rows) and len(rows) > 10
