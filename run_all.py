@@ -18,6 +18,7 @@ import contextlib
 import copy
 import ctypes
 import hashlib
+import io
 import json
 import math
 import os
@@ -633,11 +634,13 @@ def key(row: dict) -> str:
 def save(content, path: Path) -> None:
     """Write a file for `torch.load(path, weights_only=True)`, whole or not. Raises OSError."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     try:
-        torch.save(content, part)
+        part.write_bytes(buffer.getbuffer())
         part.replace(path)
-    except RuntimeError as error:  # a full disk
-        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         part.unlink(missing_ok=True)
 
