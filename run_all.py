@@ -30,7 +30,7 @@ import tempfile
 import time
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import cache, partial
@@ -504,7 +504,7 @@ def source_network(family: Family, root: Path | None, out: Path, device: str | N
         return family.weights(path)
     domain = shifts.load(name, None, root)
     net = seeded(family.build, 0)
-    made_of = digest(f"{net} {family.pretraining}", (*domain["source"], *domain["val"]))
+    made_of = digest(net, family.pretraining, *domain["source"], *domain["val"])
     path = out / f"source-{name}-{'real' if root else 'builtin'}.pt"
     settings = replace(family.pretraining, device=device)
     state = kept_network(path, made_of)
@@ -518,7 +518,7 @@ def source_network(family: Family, root: Path | None, out: Path, device: str | N
         data = domain["source"], domain["val"]
         state = flextune.fine_tune(net, "all", *data, settings, None, report).net.state_dict()
         clear_line()
-        kept = {"made_of": made_of, "net": state, "md5": digest(made_of, state.values())}
+        kept = {"made_of": made_of, "net": state, "md5": digest(made_of, *state, *state.values())}
         save(kept, path)
     net.load_state_dict(state)
     own = flextune.accuracy(net, domain["test"], settings)
@@ -532,9 +532,10 @@ def kept_network(path: Path, made_of: str) -> dict | None:
     """The state in `path`, if it is of a network that was made of the same."""
     try:
         kept = torch.load(path, weights_only=True)
-        if kept["md5"] != digest(kept["made_of"], kept["net"].values()):  # torch does not look
+        state = kept["net"]
+        if kept["md5"] != digest(kept["made_of"], *state, *state.values()):  # torch does not look
             raise ValueError
-        return kept["net"] if kept["made_of"] == made_of else None
+        return state if kept["made_of"] == made_of else None
     except FileNotFoundError:
         return None
     except Exception:  # noqa: BLE001 a broken file may raise anything
@@ -542,10 +543,14 @@ def kept_network(path: Path, made_of: str) -> dict | None:
         return None
 
 
-def digest(text: str, tensors: Iterable[torch.Tensor]) -> str:
-    md5 = hashlib.md5(text.encode())
-    for tensor in tensors:
-        md5.update(tensor.contiguous().numpy())
+def digest(*parts) -> str:
+    """The MD5 of tensors, and of anything else as text."""
+    md5 = hashlib.md5()
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            md5.update(part.contiguous().numpy())
+            part = part.shape
+        md5.update(str(part).encode())
     return md5.hexdigest()
 
 
