@@ -1516,7 +1516,8 @@ def check_options(args, pairs: list[tuple[str, str]]) -> None:
                 folder.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            raise UsageError(f"{option}: no file can be written there: {error}") from error
+            reason = f"no file can be written in {folder}: {error.strerror}"
+            raise UsageError(f"{option}: {reason}") from error
     append([], args.out)
 
 
