@@ -53,8 +53,9 @@ class Settings:
 
     def __post_init__(self):
         for name in ("batch_size", "check_every", "patience", "max_epochs", "top_k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value} (a whole number)")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be positive and finite, not {self.lr}")
 
@@ -117,9 +118,19 @@ def candidates(net: nn.Sequential) -> list[int]:
 
 
 def surgery(net: nn.Sequential, tuned: nn.Sequential, unit: int) -> nn.Sequential:
-    """`net` with `unit` (from 1), its parameters and buffers, of `tuned`. No unit is copied."""
-    name, _ = list(net.named_children())[unit - 1]
-    return nn.Sequential(OrderedDict(net.named_children()) | {name: tuned[unit - 1]})
+    """`net` with `unit` (from 1), its parameters and buffers, of `tuned`. No unit is copied.
+
+    Raises ValueError if there is no such unit.
+    """
+    if unit not in range(1, len(net) + 1):
+        raise ValueError(f"units are numbered 1 to {len(net)}: there is no {unit}")
+    name = _names(net)[unit - 1]
+    return nn.Sequential(OrderedDict(zip(_names(net), net)) | {name: tuned[unit - 1]})
+
+
+def _names(net: nn.Sequential) -> list[str]:
+    """Of the units; `named_children` has a module that is two of them, an activation say, once."""
+    return list(net._modules)
 
 
 @contextlib.contextmanager
@@ -181,7 +192,7 @@ def _load(x: torch.Tensor, net: nn.Sequential, layout=torch.contiguous_format) -
     It is a copy: a network that begins with an in-place layer must not change the data.
     """
     weight = next(net.parameters())
-    batch = x.to(weight.device, copy=True).to(weight.dtype)
+    batch = x.detach().to(weight.device, copy=True).to(weight.dtype)
     if x.dtype == torch.uint8:
         batch.div_(255)
     return batch.contiguous(memory_format=layout if x.dim() == 4 else torch.contiguous_format)
@@ -198,9 +209,8 @@ def _layout(net: nn.Sequential, x: torch.Tensor) -> torch.memory_format:
         return torch.contiguous_format
 
 
-@torch.no_grad()
-def _check(net: nn.Sequential, name: str, data: Data, settings: Settings) -> None:
-    """Raises ValueError, in one line, for data that `net` cannot be trained or tested on."""
+def _check_pair(name: str, data: Data) -> None:
+    """Raises ValueError, in one line, for what is no pair of images and labels."""
     if not (isinstance(data, tuple | list) and len(data) == 2):
         raise ValueError(f"{name}: must be a pair (images, labels), not {type(data)}")
     x, y = data
@@ -214,9 +224,16 @@ def _check(net: nn.Sequential, name: str, data: Data, settings: Settings) -> Non
         )
     if x.dtype != torch.uint8 and not (x.is_floating_point() and x.isfinite().all()):
         raise ValueError(f"{name}: images must be uint8, or float without NaN and infinity")
+
+
+@torch.no_grad()
+def _check(net: nn.Sequential, name: str, data: Data, settings: Settings) -> None:
+    """Raises ValueError, in one line, for data that `net` cannot be trained or tested on."""
+    _check_pair(name, data)
+    x, y = data
     try:
-        logits = net(_load(x[:1], net))
-    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+        logits = net(_load(x[:2], net))
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         reason = (str(error) or repr(error)).splitlines()[0]
         raise ValueError(f"{name}: images {list(x.shape[1:])} do not fit: {reason}") from error
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
@@ -269,7 +286,7 @@ class _Source:
 
     def __init__(self, net: nn.Sequential, settings: Settings):
         candidates(net)
-        self.net, self.names = net, [name for name, _ in net.named_children()]
+        self.net, self.names = net, _names(net)
         home = next(net.parameters()).device
         device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
@@ -393,6 +410,9 @@ def fine_tune(
     for number, unit in zip(numbers, trained):
         all_units[number - 1] = unit
     below, images = numbers[0] - 1, (train[0], val[0])
+    if images[0].shape[1:] != images[1].shape[1:]:
+        sizes = " and ".join(str(list(x.shape[1:])) for x in images)
+        raise ValueError(f"images for training and validation differ in size: {sizes}")
     rest, x_train, x_val = source.run(all_units, below, load, settings.cache_bytes, *images)
     y_train, y_val = train[1].to(x_train.device), val[1].to(x_val.device)
     captured = settings.cuda_graph and x_train.is_cuda
@@ -626,6 +646,8 @@ def certainty(
     1 - delta. Both figures take the networks as given, but the epoch of each was chosen on the same
     images. For flex alone: the other algorithms do not train every candidate.
     """
+    if not 0 < delta < 1:
+        raise ValueError(f"delta must be between 0 and 1, not {delta}")
     others = [unit for unit in selection.tuned if unit != selection.chosen]
     runner_up = max(others, key=lambda unit: selection.tuned[unit].accuracy)
     won, lost = (
@@ -745,9 +767,13 @@ def retrieval(
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
+    _check_pair("gallery", gallery)
+    _check_pair("queries", queries)
     there, labels = _features(net, gallery[0], settings), gallery[1]
     total = 0.0
     features = _features(tuned, queries[0], settings)
+    if features.shape[1] != there.shape[1]:
+        raise ValueError(f"features of {there.shape[1]} and of {features.shape[1]} numbers")
     for query, y in zip(features.split(256), queries[1].split(256)):
         distance = torch.cdist(query, there, compute_mode="donot_use_mm_for_euclid_dist")
         nearest = distance.sort(stable=True).indices[:, :k].cpu()  # (B, k)

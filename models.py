@@ -11,6 +11,7 @@ import pickle
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZIP_STORED
 
 import numpy as np
 import torch
@@ -284,12 +285,15 @@ class WeightsError(Exception):
 def load_inception2(path: Path) -> nn.Sequential:
     """Inception2 with the weights of TensorNets' `inception2.npz`. Raises WeightsError."""
     try:
+        if not path.is_file():
+            raise OSError("No such file")
         with zipfile.ZipFile(path) as file:
             names, values = (_object_array(file, f"{name}.npy") for name in ("names", "values"))
-        if sum(array.size for array in values) > BYTES // 4:  # promised, not yet in memory
-            raise ValueError("too many numbers")
-        names = [name.split(":")[0] for name in names.astype(str)]  # as bytes, or with :0, too
-        arrays = {_key(name): _tensor(name, array) for name, array in zip(names, values)}
+        names = np.array(names).astype(str)  # as bytes, too
+        arrays = {
+            _key(name): _tensor(name, _numbers(stored))
+            for name, stored in zip((name.split(":")[0] for name in names), values)  # or with :0
+        }
     except Exception as error:  # a broken pickle may raise anything
         raise WeightsError(f"{path} cannot be read ({error!r}): delete it") from error
     net = inception2()
@@ -304,24 +308,36 @@ def load_inception2(path: Path) -> nn.Sequential:
 BYTES = 1 << 27  # more than the weights take: 45 million, in old pickles half as many again
 
 
-def _object_array(file: zipfile.ZipFile, name: str) -> np.ndarray:
-    """An array of arrays is pickled: unpickled here with nothing but NumPy's own reconstruction."""
-    if file.getinfo(name).file_size > BYTES:
-        raise ValueError(f"{name} is too large")
+def _object_array(file: zipfile.ZipFile, name: str) -> list:
+    """The elements of an array. One of arrays is pickled, and NumPy believes what a pickle says of
+    the memory: unpickled here without NumPy."""
+    member = file.getinfo(name)
+    if member.file_size > BYTES or member.compress_type not in (ZIP_STORED, ZIP_DEFLATED):
+        raise ValueError(f"{name} is too large, or of an unknown compression")
     with file.open(name) as array:
         version = np.lib.format.read_magic(array)
         read = getattr(np.lib.format, "read_array_header_{}_{}".format(*version))
         if read(array)[2].hasobject:
-            return _Unpickler(array, encoding="latin1").load()  # as Python 2 wrote them, too
+            return _Unpickler(array, encoding="latin1").load().state[-1]  # Python 2's, too
         array.seek(0)
-        return np.lib.format.read_array(array, allow_pickle=False)
+        return list(np.lib.format.read_array(array, allow_pickle=False))
+
+
+class _Stored:
+    """What a pickle says of an array or of its dtype."""
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __setstate__(self, state):
+        self.state = state
 
 
 ALLOWED = {
-    "numpy.ndarray": np.ndarray,
-    "numpy.dtype": np.dtype,
-    "numpy.core.multiarray._reconstruct": np.empty(0).__reduce__()[0],
-    "numpy._core.multiarray._reconstruct": np.empty(0).__reduce__()[0],
+    "numpy.ndarray": _Stored,
+    "numpy.dtype": _Stored,
+    "numpy.core.multiarray._reconstruct": _Stored,
+    "numpy._core.multiarray._reconstruct": _Stored,
     "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # bytes in old pickles
 }
 
@@ -331,6 +347,15 @@ class _Unpickler(pickle.Unpickler):
         if f"{module}.{name}" not in ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return ALLOWED[f"{module}.{name}"]
+
+
+def _numbers(stored: _Stored) -> np.ndarray:
+    """An array of floats."""
+    _, shape, dtype, by_columns, content = stored.state
+    kind, order = dtype.arguments[0], dtype.state[1]
+    if kind not in ("f4", "f8"):
+        raise ValueError(f"an array of {kind}")
+    return np.frombuffer(content, order + kind).reshape(shape, order="F" if by_columns else "C")
 
 
 def _key(name: str) -> str:

@@ -28,6 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
+import zipfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
+from secrets import token_hex
 
 import numpy as np
 import torch
@@ -242,7 +244,8 @@ def paper(source: str, target: str, ratio: int, method: str) -> float | None:
 # Under torchrun every rank runs this program. Rank 0 plans, the ranks take the scenario-runs one
 # by one from a common counter, and rank 0 prints.
 
-RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
+RANK, RANKS = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if TORCHRUN else (0, 1)
 
 
 @cache
@@ -531,6 +534,9 @@ def source_network(family: Family, root: Path | None, out: Path, device: str | N
 def kept_network(path: Path, made_of: str) -> dict | None:
     """The state in `path`, if it is of a network that was made of the same."""
     try:
+        with zipfile.ZipFile(path) as file:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in file.infolist()):
+                raise ValueError  # it may be any size when it is unpacked
         kept = torch.load(path, weights_only=True)
         state = kept["net"]
         if kept["md5"] != digest(kept["made_of"], *state, *state.values()):  # torch does not look
@@ -605,8 +611,9 @@ def read(out: Path) -> dict[str, dict]:
     """All result rows, by `key`; those of the same key complete each other."""
     rows = {}
     for path in (*out.glob("results.jsonl"), *sorted(out.glob("results-[0-9]*.jsonl"))):
-        lines = enumerate(path.read_bytes().splitlines(), 1)
-        for number, line in ((number, line) for number, line in lines if line):
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            if not line:
+                continue
             try:
                 row = json.loads(line)
                 if row.pop("crc") != crc(row):
@@ -638,7 +645,7 @@ def key(row: dict) -> str:
 
 def save(content, path: Path) -> None:
     """Write a file for `torch.load(path, weights_only=True)`, whole or not. Raises OSError."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{token_hex(4)}.part")
     buffer = io.BytesIO()
     torch.save(content, buffer)
     try:
@@ -1309,18 +1316,18 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}; see --help\n")
 
 
-def whole(text: str, least: int = 0) -> int:
-    if not text.isdecimal() or len(text) > 9 or int(text) < least:
+def whole(text: str, least: int = 0, digits: int = 9) -> int:
+    if not text.isdecimal() or len(text) > digits or int(text) < least:
         raise argparse.ArgumentTypeError(f"must be a whole number from {least}, not {text[:20]}")
     return int(text)
 
 
-positive = partial(whole, least=1)
+positive = partial(whole, least=1, digits=5)
 
 
 def gib(text: str) -> float:
     try:
-        if 0 <= float(text) < math.inf:
+        if 0 <= float(text) <= 1e6:
             return float(text)
     except ValueError:
         pass
@@ -1494,10 +1501,12 @@ def locate(source: str, target: str, data: str | None) -> Path | None:
 
 def check_options(args, pairs: list[tuple[str, str]]) -> None:
     """What is missing or cannot be written is better found now than after the training."""
-    if args.data not in (None, "builtin") and not Path(args.data).is_dir():
+    if args.data not in (None, "builtin") and not (args.data and Path(args.data).is_dir()):
         raise UsageError(f"--data: there is no folder {args.data}; for the drawn images: builtin")
     if args.save and args.save.is_dir():
         raise UsageError(f"--save takes the name of a file, and {args.save} is a folder")
+    if args.save and args.save.resolve().parent == args.out.resolve():
+        raise UsageError(f"--save: name a file that is not in {args.out}, the folder of --out")
     for pair in pairs:
         largest = SCENARIOS[pair].ratios[-1]
         if max(args.ratio or [0]) > largest:
@@ -1643,7 +1652,7 @@ def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     if RANK:
         sys.stdout = None  # rank 0 speaks
-    if "WORLD_SIZE" in os.environ and "OMP_NUM_THREADS" not in os.environ:
+    if TORCHRUN and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # a sum depends on the threads: the same for any number of ranks
     if args.device in (None, "cuda") and torch.cuda.is_available() and RANKS > 1:
         local = int(os.environ.get("LOCAL_RANK", RANK))
@@ -1659,10 +1668,10 @@ def main(argv: list[str] | None = None) -> None:
     except (UsageError, shifts.DataError, models.WeightsError, OSError) as error:
         clear_line()
         parse.exit(2, f"{parse.prog}: error: {error}\n")
-    except MemoryError as error:
+    except MemoryError:
         clear_line()
-        reason = f"{error or 'out of memory'}: try less than --cache-gib {args.cache_gib:g}"
-        parse.exit(2, f"{parse.prog}: error: {reason}\n")
+        hint = f"try less than --cache-gib {args.cache_gib:g}"
+        parse.exit(2, f"{parse.prog}: error: out of memory: {hint}\n")
     except KeyboardInterrupt:
         clear_line()
         parse.exit(130, f"{parse.prog}: interrupted; finished runs are in {args.out}\n")

@@ -11,11 +11,11 @@ import gzip
 import hashlib
 import http.client
 import math
-import os
 import re
 import shutil
 import struct
 import tarfile
+import time
 import urllib.request
 import warnings
 import zipfile
@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from itertools import accumulate, islice
 from pathlib import Path, PurePosixPath
+from secrets import token_hex
 from urllib.parse import quote
 
 import numpy as np
@@ -398,6 +399,8 @@ ARCHIVES = {  # data set: archive, its MD5, which of its members go to which fol
     for name, (folder, count) in PACS.items()
 }
 TIMEOUT = 5  # seconds without an answer that end a download
+LEAST_RATE = 1000  # bytes a second
+LARGEST_DOWNLOAD = 1 << 30  # bytes; the largest of ours have 200 million
 LARGEST_MEMBER = 1 << 25  # bytes of a file in an archive; CIFAR-10's have 31 million
 
 
@@ -424,7 +427,7 @@ def _download(name: str, root: Path, report: Report) -> None:
         )
     if name in ARCHIVES:
         url, md5, _, folder, _ = ARCHIVES[name]
-        archive = root / f"{os.getpid()}-{PurePosixPath(url).name}"
+        archive = root / f"{token_hex(4)}-{PurePosixPath(url).name}"
         fetch(url, archive, md5, report, wanted=root / folder)
         try:
             for other, (same, _, members, folder, count) in ARCHIVES.items():
@@ -456,7 +459,7 @@ def fetch(
 
     Raises MissingError, with the name of what is `wanted` in the end.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{token_hex(4)}.part")
     digest = hashlib.md5()
     try:
         headers = {"Range": f"bytes=0-{first - 1}"} if first else {}
@@ -466,12 +469,17 @@ def fetch(
             limit = first or math.inf  # where the server knows no ranges
             total = min(total, limit)
             path.parent.mkdir(parents=True, exist_ok=True)
+            start = time.monotonic()
             with open(part, "wb") as file:
                 while chunk := answer.read1(min(1 << 18, limit - file.tell())):
                     digest.update(chunk)
                     file.write(chunk)
                     done = f"{file.tell() >> 20} of {total >> 20} MiB"
                     report(f"downloading {path.name}, {done}", file.tell(), total)
+                    if time.monotonic() - start > TIMEOUT + file.tell() / LEAST_RATE:
+                        raise OSError("it is too slow")
+                    if file.tell() > LARGEST_DOWNLOAD:
+                        raise OSError("it does not end")
                 if file.tell() < total:
                     raise OSError(f"it ended after {file.tell()} of {total} bytes")
         if md5 and digest.hexdigest() != md5:
@@ -490,7 +498,7 @@ def fetch(
 
 def _fetch_drawings(url: str, path: Path, report: Report) -> None:
     """The first rows of a file of QuickDraw (100 MB), as a file of their own. MissingError."""
-    head = path.with_name(f"{path.name}.{os.getpid()}.head")
+    head = path.with_name(f"{path.name}.{token_hex(4)}.head")
     rows = head.with_suffix(".npy")
     fetch(url, head, None, report, path, first=QUICKDRAW_ROWS * 784 + 1024)  # 1024: its header
     try:
@@ -509,18 +517,18 @@ def _fetch_drawings(url: str, path: Path, report: Report) -> None:
 def _unpack(archive: Path, members: str, folder: Path, count: int, url: str) -> None:
     """The `count` members of a zip or tar archive that match, to `folder`, which is there only
     when whole. Raises MissingError."""
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    part, found = folder.with_name(f"{folder.name}.{token_hex(4)}.part"), set()
     try:
         part.mkdir(parents=True)
         for name, size, content in _members(archive):
             if match := re.fullmatch(members, name):  # no name that it finds climbs out of a folder
-                if size > LARGEST_MEMBER:
-                    raise ValueError(f"{name} has {size} bytes")
+                found.add(match[1])
+                if size > LARGEST_MEMBER or len(found) > count:
+                    raise ValueError(f"{name} has {size} bytes, or is one too many")
                 (part / match[1]).parent.mkdir(exist_ok=True)
                 (part / match[1]).write_bytes(content())
-        found = sum(path.is_file() for path in part.rglob("*"))
-        if found != count:
-            raise ValueError(f"{found} of {count} files found")
+        if len(found) != count:
+            raise ValueError(f"{len(found)} of {count} files found")
         try:
             part.rename(folder)
         except OSError:
@@ -535,37 +543,53 @@ def _unpack(archive: Path, members: str, folder: Path, count: int, url: str) -> 
 
 
 def _members(archive: Path) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
-    """The name and size of each file in an archive, and what reads it; links are passed over."""
+    """The name and size of each file in a zip or tar.gz archive, and what reads it."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as file:
             for member in file.infolist():
+                if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise ValueError(f"{member.filename} is of an unknown compression")
                 yield member.filename, member.file_size, partial(file.read, member)
     else:
-        with tarfile.open(archive) as file:
+        with _Unzipped(archive) as tar, tarfile.open(fileobj=tar, mode="r:") as file:
             for member in file:
-                if member.isfile():
+                if member.isfile():  # and no link
                     yield member.name, member.size, file.extractfile(member).read
+
+
+class _Unzipped(gzip.GzipFile):
+    def read(self, size=-1):
+        if size > LARGEST_MEMBER:  # a tar file's headers, too, have a size
+            raise ValueError("it has a header that is too large")
+        return super().read(size)
 
 
 # ---------------------------------------------------------------- real data
 
 
+def _open(path: Path):
+    """Its bytes. Raises OSError, too, for what is no file: a pipe would be waited for."""
+    if path.exists() and not path.is_file():
+        raise OSError("it is no file")
+    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+
+
 def read_idx(path: Path) -> torch.Tensor:
     """The uint8 array of an IDX file, plain or gzipped (by its .gz ending). Raises DataError."""
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        with _open(path) as file:
             magic = file.read(4)
             if magic[:3] != b"\0\0\x08" or magic[3:] not in (b"\1", b"\2", b"\3"):
-                raise DataError(f"{path} is not an IDX file of bytes: delete it")
+                raise ValueError("it is not an IDX file of bytes")
             header = file.read(4 * magic[3])
             shape = [int.from_bytes(header[i : i + 4], "big") for i in range(0, len(header), 4)]
             size = math.prod(shape)
             values = file.read(min(size, 1 << 28) + 1)  # a broken header may promise terabytes
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read ({error}): delete it") from error
-    if len(header) < 4 * magic[3] or len(values) != size:
-        raise DataError(f"{path} does not hold what its header promises: delete it")
-    return torch.from_numpy(np.frombuffer(values, np.uint8).reshape(shape).copy())
+        if len(header) < 4 * magic[3] or len(values) != size:
+            raise ValueError("it does not hold what its header promises")
+        return torch.from_numpy(np.frombuffer(values, np.uint8).reshape(shape).copy())
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read ({_line(error)}): delete it") from error
 
 
 CIFAR = [*(f"data_batch_{n}.bin" for n in range(1, 6)), "test_batch.bin"]
@@ -575,7 +599,7 @@ CIFAR_RECORDS = 10000  # in each file
 def read_cifar(path: Path) -> Data:
     """Images [N, 3, 32, 32] and labels of CIFAR-10's binary format. Raises DataError."""
     try:
-        with open(path, "rb") as file:
+        with _open(path) as file:
             records = np.frombuffer(file.read(CIFAR_RECORDS * 3073 + 1), np.uint8)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error}): delete its folder") from error
@@ -588,7 +612,7 @@ def read_cifar(path: Path) -> Data:
 def read_drawings(path: Path) -> np.ndarray:
     """The first rows [n, 784] of a .npy file of QuickDraw, uint8. Raises DataError."""
     try:
-        with open(path, "rb") as file:
+        with _open(path) as file:
             if np.lib.format.read_magic(file) != (1, 0):  # later ones allow headers of gigabytes
                 raise ValueError("it is not a .npy file of version 1.0")
             shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
@@ -611,7 +635,7 @@ MAT_BYTES = 1 << 28  # more than SVHN's files hold
 def read_mat(path: Path) -> dict[str, np.ndarray]:
     """The real arrays of a MATLAB-5 file, by name. Raises DataError."""
     try:
-        with open(path, "rb") as file:
+        with _open(path) as file:
             content = file.read(MAT_BYTES)
         order = {b"IM": "<", b"MI": ">"}[content[126:128]]
         arrays, room = {}, MAT_BYTES
@@ -684,7 +708,7 @@ def _house_numbers(path: Path) -> Data:
     """Images at 28 x 28, and labels, of a file of SVHN."""
     arrays = read_mat(path)
     x, y = (arrays.get(name, np.empty(0)) for name in "Xy")  # x [32, 32, 3, N], y [N, 1]
-    if x.dtype != np.uint8 or x.shape[:3] != (32, 32, 3) or y.shape != (*x.shape[3:], 1):
+    if x.dtype != np.uint8 or x.shape != (32, 32, 3, len(y)) or y.shape != (len(y), 1):
         raise DataError(f"{path} does not hold images and labels of SVHN: delete it")
     if len(y) < 60 or not np.isin(y, range(1, 11)).all():
         raise DataError(f"{path} holds fewer than 60 images, or labels besides 1 to 10: delete it")
@@ -725,7 +749,10 @@ def _parts(data: Data, name: str, **shares: int) -> dict[str, Data]:
     x, y = data
     *cuts, _ = (len(y) * n // sum(shares.values()) for n in accumulate(shares.values()))
     order = torch.randperm(len(y), generator=_generator(name))
-    return {split: (x[part], y[part]) for split, part in zip(shares, order.tensor_split(cuts))}
+    parts = order.tensor_split(cuts)
+    if not all(map(len, parts)):
+        raise DataError(f"{name}: {len(y)} images are too few for its splits")
+    return {split: (x[part], y[part]) for split, part in zip(shares, parts)}
 
 
 SIDE = 224  # pixels of an image of ILSVRC and of PACS
@@ -766,6 +793,7 @@ def _joined(domains: list[dict[str, Data]]) -> dict[str, Data]:
     }
 
 
+LARGEST_IMAGE = 1 << 25  # pixels
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png")
 
 
@@ -824,7 +852,9 @@ def _decode(path: Path):
     """An RGB image of Pillow."""
     image = _pillow()
     try:
-        with image.open(path, formats=("JPEG", "PNG")) as file:
+        with _open(path) as content, image.open(content, formats=("JPEG", "PNG")) as file:
+            if math.prod(file.size) > LARGEST_IMAGE or file.mode[0] in "IF":
+                raise ValueError(f"{file.size} pixels, mode {file.mode}")
             return file.convert("RGB")
     except Exception as error:  # a broken image may raise anything
         raise DataError(f"{path} cannot be read as an image ({_line(error)}): delete it") from error

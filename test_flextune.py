@@ -643,6 +643,7 @@ X, Y = images(8, seed=0)
         ({"train": (X / 0, Y)}, "without NaN and infinity"),
         ({"train": (X[:, :1], Y)}, "do not fit"),
         ({"val": (X[..., :6], Y)}, "do not fit"),
+        ({"val": (X.repeat(1, 1, 2, 2)[..., :9, :9], Y)}, "differ in size"),
         ({"settings": replace(FAST, top_k=5)}, "top_k is 5, but there are 4 classes"),
     ],
 )
@@ -653,8 +654,26 @@ def test_what_cannot_be_worked_with_is_a_clear_error(source, wrong, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_layer_that_is_two_units(train, val):
+    relu = nn.ReLU()
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), relu, nn.Conv2d(4, 4, 3), relu, head)
+    for select in (flextune.flex, flextune.fast_flex):
+        result = select(net, train, val, FAST).result
+        assert len(result.net) == 5 and flextune.accuracy(result.net, val, FAST) == result.accuracy
+    assert flextune.ft_ss(net, train, val, FAST).net(val[0] / 255).shape == (100, 4)
+
+
+def test_gradients_of_the_images_are_nobodys(source, train, val):
+    x = (train[0] / 255).requires_grad_()
+    fine_tune(source, "all", (x, train[1]), val, replace(FAST, max_epochs=1))
+    assert x.grad is None
+
+
 @pytest.mark.parametrize("name", ["batch_size", "check_every", "patience", "max_epochs", "top_k"])
 def test_settings_are_checked(name):
+    with pytest.raises(ValueError, match="whole number"):
+        Settings(**{name: 1.5})
     with pytest.raises(ValueError, match=f"{name} must be at least 1, not 0"):
         Settings(**{name: 0})
     with pytest.raises(ValueError, match="lr must be positive"):
@@ -789,6 +808,8 @@ def test_average_precision_by_hand():
     assert ap(far, 0) == pytest.approx((1 / 2 + 2 / 3 + 3 / 5) / 3)  # from the other end
     with pytest.raises(ValueError, match="k must be at least 1"):
         ap(net, 0, k=0)
+    with pytest.raises(ValueError, match="queries: 1 images need int64 labels"):
+        flextune.retrieval(net, net, gallery, (gallery[0][:1], torch.tensor([0, 1])), FAST)
 
 
 def test_features_are_the_input_of_the_last_unit_averaged_over_pixels(source, val):
@@ -1108,13 +1129,14 @@ def test_files_that_are_not_mnist(mnist):
 
 @pytest.fixture
 def server():
-    """An HTTP server of the test's own: a dictionary of path to (headers, body[, pause]); its URL."""
+    """An HTTP server of the test's own: a dictionary of path to (headers, body[, pause after it,
+    how often]), and its URL."""
     pages = {}
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            headers, body, *seconds = pages.get(self.path, ({}, None))
-            (seconds,) = seconds or (0,)  # to wait after the body
+            page = pages.get(self.path, ({}, None))
+            headers, body, seconds, times = page + (0, 1)[len(page) - 2 :]
             wanted = re.fullmatch(r"bytes=0-(\d+)", self.headers.get("Range", ""))
             if wanted and headers.get("Accept-Ranges"):
                 body = body[: int(wanted[1]) + 1]
@@ -1123,9 +1145,11 @@ def server():
             for name, value in ({"Content-Length": len(body or b"")} | headers).items():
                 self.send_header(name, str(value))
             self.end_headers()
-            self.wfile.write(body or b"")
-            self.wfile.flush()
-            time.sleep(seconds)
+            with contextlib.suppress(OSError):  # the client may have had enough
+                for _ in range(times):
+                    self.wfile.write(body or b"")
+                    self.wfile.flush()
+                    time.sleep(seconds)
 
         def log_message(self, *_):
             pass
@@ -1159,7 +1183,10 @@ def test_fetch_gets_the_whole_file_or_none(tmp_path, server, monkeypatch):
     pages["/away"] = {"Location": "file:///etc/hostname"}, b""
     pages["/length"] = {"Content-Length": "many"}, body
     pages["/slow"] = {"Content-Length": len(body) + 1}, body, 1
+    pages["/drip"] = {"Content-Length": 1 << 20}, body[:100], 0.2, 9
+    pages["/long"] = {"Content-Length": 1 << 22}, body * 4
     monkeypatch.setattr(shifts, "TIMEOUT", 0.3)
+    monkeypatch.setattr(shifts, "LARGEST_DOWNLOAD", 1 << 21)
     for page, md5, reason in (
         ("good", "0" * 32, f"its MD5 is {right}, not {'0' * 32}"),
         ("cut", None, "ended|IncompleteRead"),
@@ -1168,6 +1195,8 @@ def test_fetch_gets_the_whole_file_or_none(tmp_path, server, monkeypatch):
         ("away", None, "not allowed"),
         ("length", None, "many"),
         ("slow", None, "timed out"),
+        ("drip", None, "too slow"),
+        ("long", None, "does not end"),
     ):
         with pytest.raises(shifts.MissingError, match=reason) as caught:
             shifts.fetch(f"{url}/{page}", tmp_path / page, md5)
@@ -2291,6 +2320,7 @@ def test_list_shows_every_scenario_and_its_data(quick, capsys, mnist):
         ("--source mnist --target blurry --ratio 30 --save .", "is a folder"),
         ("--source mnist --target blurry --ratio 30 --save /dev/null/x", "/dev/null"),
         ("--source mnist --target blurry --ratio 30 --out /dev/null/x", "/dev/null"),
+        ("--source mnist --target blurry --ratio 3 --runs 1 --save results/x", "not in results"),
         ("--table 2", "argument --table: invalid choice: 2"),
         ("--source mnist --target blurry --figures /dev/null/x", "/dev/null"),
         ("--nonsense", "unrecognized arguments: --nonsense"),
@@ -2302,6 +2332,10 @@ def test_list_shows_every_scenario_and_its_data(quick, capsys, mnist):
 )
 def test_usage_errors_are_one_line(quick, capsys, command, message):
     assert message in fails(capsys, lambda: quick(command))
+
+
+def test_an_empty_folder_name_is_no_default(quick, capsys):
+    assert "there is no folder" in fails(capsys, lambda: run_all.main(["--data", ""]))
 
 
 def test_a_target_of_several_sources_needs_the_source(quick, capsys):
@@ -2482,6 +2516,11 @@ class Vast:
         return np.ndarray, ((1 << 36,), np.dtype("u1"))  # allocated, not yet written to
 
 
+class Pointer:
+    def __reduce__(self):
+        return np.ndarray, ((1,), np.dtype("O"), b"AAAAAAAA")  # bytes as the address of an object
+
+
 def png(side):
     """A black PNG file of one bit a pixel."""
 
@@ -2495,7 +2534,28 @@ def png(side):
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts.items())
 
 
-@pytest.mark.parametrize("name", ["x.gz", "x.mat", "vast.npz", "deflated.npz", "9600", "20000"])
+def pax_bomb(size):
+    """A tar.gz file with a header of that size."""
+    header = tarfile.TarInfo("x")
+    header.type, header.size = tarfile.XHDTYPE, size
+    return gzip.compress(header.tobuf() + bytes(size), 1)
+
+
+def zip_bomb(kind, name="a/0.jpg", size=1 << 28):
+    """A zip file whose member is said to be small."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", kind) as archive:
+        archive.writestr(name, bytes(size))
+    return file.getvalue().replace(struct.pack("<I", size), struct.pack("<I", 100))
+
+
+BOMBS = [
+    *("x.gz", "x.mat", "vast.npz", "pointer.npz", "deflated.npz", "bz2.npz", "pax", "bz2.zip"),
+    *("9600", "20000"),
+]
+
+
+@pytest.mark.parametrize("name", BOMBS)
 def test_a_small_file_cannot_fill_the_memory(tmp_path, name):
     zeros, path, read = bytes(1 << 28), tmp_path / name, shifts._decode
     if name == "x.gz":
@@ -2511,9 +2571,18 @@ def test_a_small_file_cannot_fill_the_memory(tmp_path, name):
     elif name == "deflated.npz":
         np.savez_compressed(path, names=np.frombuffer(zeros, np.uint8), values=np.ones(1))
         read = models.load_inception2
-    elif name == "vast.npz":
+    elif name == "bz2.npz":
+        path.write_bytes(zip_bomb(zipfile.ZIP_BZIP2, "names.npy"))
+        read = models.load_inception2
+    elif name in ("pax", "bz2.zip"):
+        path.write_bytes(pax_bomb(1 << 28) if name == "pax" else zip_bomb(zipfile.ZIP_BZIP2))
+
+        def read(path):
+            shifts._unpack(path, r"a/(\w+\.jpg)", tmp_path / "to", 1, str(path))
+
+    elif name in ("vast.npz", "pointer.npz"):
         values = np.empty(1, object)
-        values[:] = [Vast()]
+        values[:] = [Vast() if name == "vast.npz" else Pointer()]
         np.savez(path, names=np.array(["logits/biases"]), values=values)
         read = models.load_inception2
     else:
@@ -2535,7 +2604,7 @@ def test_no_member_of_an_archive_climbs_out_of_its_folder(tmp_path):
             link = tarfile.TarInfo(name)
             link.type, link.linkname = kind, "/etc/hostname"
             archive.addfile(link)
-    (tmp_path / "x.tar").write_bytes(file.getvalue())
+    (tmp_path / "x.tar").write_bytes(gzip.compress(file.getvalue()))
     shifts._unpack(tmp_path / "x.tar", r".*?(\w+\.jpg)", tmp_path / "to", 4, "url")
     assert sorted(path.name for path in (tmp_path / "to").iterdir()) == [
         *("0.jpg", "1.jpg", "b.jpg", "c.jpg")
@@ -2547,8 +2616,10 @@ def test_no_member_of_an_archive_climbs_out_of_its_folder(tmp_path):
     assert (tmp_path / "to" / "0.jpg").read_text() == "its own"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shifts, "LARGEST_MEMBER", 4)
-        with pytest.raises(shifts.MissingError, match="0.jpg has 5 bytes"):
+        with pytest.raises(shifts.MissingError, match="0.jpg has 5 bytes|too large"):
             shifts._unpack(tmp_path / "x.tar", r"a/(\w+\.jpg)", tmp_path / "new", 2, "url")
+    with pytest.raises(shifts.MissingError, match="one too many"):
+        shifts._unpack(tmp_path / "x.tar", r"a/(\w+\.jpg)", tmp_path / "new", 1, "url")
 
 
 def test_two_processes_may_download_the_same_file(tmp_path, server):
@@ -2567,6 +2638,34 @@ for n in range(20):
     assert [process.wait() for process in both] == [0, 0]
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     assert (tmp_path / "x").read_bytes() == body
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x")
+    readers = [shifts.read_idx, shifts.read_cifar, shifts.read_drawings, shifts.read_mat]
+    for read in (*readers, models.load_inception2):
+        with pytest.raises((shifts.DataError, models.WeightsError), match="no file|No such file"):
+            read(tmp_path / "x")
+
+
+def test_images_that_would_be_clipped_are_refused(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    image.new("I;16", (30, 20), 1000).save(tmp_path / "x.png")
+    with pytest.raises(shifts.DataError, match="mode I;16"):
+        shifts._decode(tmp_path / "x.png")
+
+
+def test_a_saved_network_that_unpacks_to_more_than_it_is_is_refused(tmp_path):
+    state = {"made_of": "", "net": {"w": torch.zeros(100)}}
+    state["md5"] = run_all.digest("", "w", state["net"]["w"])
+    torch.save(state, tmp_path / "x.pt")
+    assert run_all.kept_network(tmp_path / "x.pt", "").keys() == {"w"}
+    with zipfile.ZipFile(tmp_path / "x.pt") as old:
+        parts = {part.filename: old.read(part) for part in old.infolist()}
+    with zipfile.ZipFile(tmp_path / "x.pt", "w", zipfile.ZIP_DEFLATED) as new:
+        for name, content in parts.items():
+            new.writestr(name, content)
+    assert run_all.kept_network(tmp_path / "x.pt", "") is None
 
 
 def test_links_that_lead_nowhere(mnist):
