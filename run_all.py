@@ -611,6 +611,7 @@ def read(out: Path) -> dict[str, dict]:
     """All result rows, by `key`; those of the same key complete each other."""
     rows = {}
     for path in (*out.glob("results.jsonl"), *sorted(out.glob("results-[0-9]*.jsonl"))):
+        broken = []
         for number, line in enumerate(path.read_bytes().splitlines(), 1):
             if not line:
                 continue
@@ -620,7 +621,10 @@ def read(out: Path) -> dict[str, dict]:
                     raise ValueError
                 rows[key(row)] = rows.get(key(row), {}) | row
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                warn(f"{path}, line {number}: not a result of this version, passed over")
+                broken.append(number)
+        if broken:
+            count = f"{len(broken)} line{'s' * (len(broken) > 1)}, the first is {broken[0]}"
+            warn(f"{path}: not a result of this version, passed over: {count}")
     return rows
 
 
