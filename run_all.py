@@ -1507,8 +1507,8 @@ def check_options(args, pairs: list[tuple[str, str]]) -> None:
     """What is missing or cannot be written is better found now than after the training."""
     if args.data not in (None, "builtin") and not (args.data and Path(args.data).is_dir()):
         raise UsageError(f"--data: there is no folder {args.data}; for the drawn images: builtin")
-    if args.save and args.save.is_dir():
-        raise UsageError(f"--save takes the name of a file, and {args.save} is a folder")
+    if args.save and args.save.exists() and not args.save.is_file():  # a device, even
+        raise UsageError(f"--save takes the name of a file, and {args.save} is none")
     if args.save and args.save.resolve().parent == args.out.resolve():
         raise UsageError(f"--save: name a file that is not in {args.out}, the folder of --out")
     for pair in pairs:

@@ -2318,12 +2318,12 @@ def test_list_shows_every_scenario_and_its_data(quick, capsys, mnist):
         ("--source mnist --ratio 3 4000", "--ratio: the largest of mnist -> blurry is 3000"),
         ("--ratio 30 --data builtin", "--ratio: the largest of ilsvrc -> yuv is 25"),
         ("--source mnist --target blurry --ratio 3 --save x", "--save keeps one network"),
-        ("--source mnist --target blurry --ratio 30 --save .", "is a folder"),
+        ("--source mnist --target blurry --ratio 30 --save .", "a file, and . is none"),
+        ("--source mnist --target blurry --ratio 30 --save /dev/null", "/dev/null is none"),
         ("--source mnist --target blurry --ratio 30 --save /dev/null/x", "/dev/null"),
         ("--source mnist --target blurry --ratio 30 --out /dev/null/x", "/dev/null"),
         ("--source mnist --target blurry --ratio 3 --runs 1 --save results/x", "not in results"),
         ("--table 2", "argument --table: invalid choice: 2"),
-        ("--source mnist --target blurry --figures /dev/null/x", "/dev/null"),
         ("--nonsense", "unrecognized arguments: --nonsense"),
         ("--seed -1", "argument --seed: must be a whole number from 0, not -1"),
         ("--runs 0", "argument --runs: must be a whole number from 1, not 0"),
@@ -2333,6 +2333,14 @@ def test_list_shows_every_scenario_and_its_data(quick, capsys, mnist):
 )
 def test_usage_errors_are_one_line(quick, capsys, command, message):
     assert message in fails(capsys, lambda: quick(command))
+
+
+def test_a_folder_for_figures_that_cannot_be(quick, capsys):
+    pytest.importorskip("matplotlib")
+    command = "--source mnist --target blurry --data builtin --figures /dev/null/x"
+    assert "--figures: no file can be written in /dev/null/x" in fails(
+        capsys, lambda: quick(command)
+    )
 
 
 def test_an_empty_folder_name_is_no_default(quick, capsys):
@@ -2695,6 +2703,8 @@ def test_out_of_memory_names_the_budget(quick, capsys, monkeypatch, source, trai
 @pytest.mark.parametrize("where", ["/dev/full", "a closed pipe"])
 def test_where_nothing_can_be_printed(where):
     command = [sys.executable, HERE / "run_all.py", "--list", "--data", "builtin"]
+    if not Path("/dev/full").is_char_device():
+        pytest.skip("no /dev/full")
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as pipe, open("/dev/full", "w") as full:
