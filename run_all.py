@@ -1437,7 +1437,8 @@ def parser() -> Parser:
         "--save",
         type=Path,
         metavar="FILE",
-        help="write the network that flex chose (without flex, that of the last method); for one run",
+        help="train, and write the network that flex chose (without flex, that of the last method); "
+        "for one run, outside --out",
     )
     add("--list", action="store_true", help="show all scenarios, and whether their data are there")
     add(
@@ -1620,7 +1621,7 @@ def run_scenarios(args, pairs: list[tuple[str, str]]) -> None:
             rows, nets = execute(run, net, domain, searched, progress)
         append(rows, args.out)
         if args.save:
-            save(nets[kept].state_dict(), args.save)
+            save(nets[kept].state_dict(), args.save.resolve())
     if RANKS > 1:
         progress.show("waiting for the other ranks")
     wait_for_all("finished")
