@@ -2382,7 +2382,7 @@ def mutants(content):
             some = rng.choice(
                 (rng.randbytes(4), b"\0" * 4, b"\xff" * 4, b"", broken[start:end] * 2)
             )
-            bit = (broken[start % len(broken)] ^ 1 << rng.randrange(8)).to_bytes()
+            bit = bytes([broken[start % len(broken)] ^ 1 << rng.randrange(8)])
             change = rng.randrange(3)
             if change == 0:
                 del broken[start:]
@@ -2571,9 +2571,8 @@ def test_a_small_file_cannot_fill_the_memory(tmp_path, name):
         path.write_bytes(gzip.compress(b"\0\0\x08\3" + b"\xff" * 12 + zeros, 1))
         read = shifts.read_idx
     elif name == "x.mat":
-        packed = zlib.compress(
-            mat({"X": np.frombuffer(zeros, np.uint8)[: 3 << 26]}, False)[128:], 1
-        )
+        array = np.frombuffer(zeros, np.uint8)[: 3 << 26]
+        packed = zlib.compress(mat({"X": array}, False)[128:], 1)
         element = struct.pack("<II", 15, len(packed)) + packed
         path.write_bytes(mat({}, False) + element * 8)
         read = shifts.read_mat
