@@ -587,7 +587,7 @@ def append(rows: list[dict], out: Path) -> None:
     path = out / f"results{f'-{RANK}' * (RANK > 0)}.jsonl"
     with open(path, "a+b", buffering=0) as file:
         lock(file)  # another sweep may use the folder, too
-        known = read(out)
+        known = read(out) if rows else {}
         new = [row for row in rows if not row.keys() <= known.get(key(row), {}).keys()]
         text = "".join(json.dumps(row | {"crc": crc(row)}) + "\n" for row in new).encode()
         before = file.seek(0, os.SEEK_END)
@@ -1322,7 +1322,8 @@ class Parser(argparse.ArgumentParser):
 
 def whole(text: str, least: int = 0, digits: int = 9) -> int:
     if not text.isdecimal() or len(text) > digits or int(text) < least:
-        raise argparse.ArgumentTypeError(f"must be a whole number from {least}, not {text[:20]}")
+        wrong = f"not {text[:20]} (at most {digits} digits)"
+        raise argparse.ArgumentTypeError(f"must be a whole number from {least}, {wrong}")
     return int(text)
 
 
@@ -1335,7 +1336,7 @@ def gib(text: str) -> float:
             return float(text)
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"must be a number from 0, not {text}")
+    raise argparse.ArgumentTypeError(f"must be a number from 0, not {text} (at most 1e6)")
 
 
 def device(text: str) -> str:

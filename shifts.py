@@ -618,10 +618,12 @@ def read_drawings(path: Path) -> np.ndarray:
             shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
             if dtype != np.uint8 or columns_first or len(shape) != 2 or shape[1] != 784:
                 raise ValueError(f"it holds {dtype} {shape}, not uint8 (N, 784)")
-            rows = max(0, min(shape[0], QUICKDRAW_ROWS))
+            rows = min(shape[0], QUICKDRAW_ROWS)
+            if rows < 6:
+                raise ValueError("it has fewer than 6 drawings")
             values = file.read(rows * 784)
-        if len(values) < rows * 784 or rows < 6:
-            raise ValueError("it ends early, or has fewer than 6 drawings")
+        if len(values) < rows * 784:
+            raise ValueError("it ends early")
         return np.frombuffer(values, np.uint8).reshape(rows, 784)
     except Exception as error:  # NumPy parses the header as Python: anything may come of it
         raise DataError(f"{path} cannot be read ({_line(error)}): delete it") from error
