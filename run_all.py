@@ -882,40 +882,42 @@ def print_table_1(groups: Groups) -> None:
 
 
 def print_table_3(groups: Groups) -> None:
-    """Test accuracy of each method, and where the paper published figures, those and the gap."""
+    """Test accuracy of each method, its deviation over the runs, and where the paper published
+    figures, those and the gap."""
     for (source, network, top_k, data), part in by_network(groups).items():
         methods = [*SELECTIONS, *(b for b in BASELINES if any(b in rows for rows in part.values()))]
         print(f"\nTable 3, {source}, {network} network, top-{top_k} test accuracy")
         print(label(data))
-        table = [["target, ratio", "source", *methods]]
+        columns = ["source", *methods]
+        table = [["target, ratio", "runs", *columns]]
         for scenario, rows in part.items():
             _, target, ratio, _ = scenario
-            columns = ["source", *methods]
-            ours = {m: average(rows[m]) for m in columns if m in rows}
-            cells = [mean([row["test"] for row in rows[m]]) if m in rows else "-" for m in columns]
-            marked = (cell + stars(m, ours, scenario) for m, cell in zip(columns, cells))
-            table.append([f"{target}, {ratio}", *marked])
-            if data != "real" or scenario[:3] not in TABLE_3:
-                continue
-            theirs = {m: paper(*scenario[:3], m) for m in columns}
-            theirs = {m: a for m, a in theirs.items() if a}
-            cells = (
-                f"{theirs[m]:.3f}{stars(m, theirs, scenario)}" if m in theirs else ""
-                for m in columns
-            )
-            table.append(["  paper", *cells])
-            gaps = {m: f"{ours[m] - theirs[m]:+.3f} " for m in ours.keys() & theirs.keys()}
-            table.append(["  difference", *(gaps.get(m, "") for m in columns)])
+            tests = {m: [row["test"] for row in rows[m]] for m in columns if m in rows}
+            ours, runs = {m: statistics.mean(a) for m, a in tests.items()}, map(len, tests.values())
+            lines = {(f"{target}, {ratio}", f"{max(runs)}"): marked(ours, scenario)}
+            spread = {m: f"{statistics.stdev(a):.3f} " for m, a in tests.items() if len(a) > 1}
+            if spread:
+                lines["  deviation", ""] = spread
+            if data == "real" and scenario[:3] in TABLE_3:
+                theirs = {m: a for m in columns if (a := paper(*scenario[:3], m))}
+                lines["  paper", ""] = marked(theirs, scenario)
+                common = ours.keys() & theirs.keys()
+                lines["  difference", ""] = {m: f"{ours[m] - theirs[m]:+.3f} " for m in common}
+            table += [[*head, *(line.get(m, "") for m in columns)] for head, line in lines.items()]
         print_columns(table, left=1)
         print("* better than every baseline (ft-)")
 
 
-def stars(method: str, figures: dict[str, float], scenario: tuple) -> str:
-    """A star where a selection method beats all baselines, in the three decimals of Table 3."""
+def marked(figures: dict[str, float], scenario: tuple) -> dict[str, str]:
+    """Accuracies in Table 3's three decimals, with a star where a selection method beats all
+    baselines, if these are all there."""
+    rounded = {method: round(a, 3) for method, a in figures.items()}
     needed = [b for b in methods_of(SCENARIOS[scenario[:2]]) if b in BASELINES]
-    if method not in SELECTIONS or not figures.keys() >= {*needed}:
-        return " "
-    return "*" if round(figures[method], 3) > max(round(figures[b], 3) for b in needed) else " "
+    to_beat = max(rounded.get(baseline, 1) for baseline in needed)
+    return {
+        method: f"{a:.3f}" + (" ", "*")[method in SELECTIONS and a > to_beat]
+        for method, a in rounded.items()
+    }
 
 
 def print_tally(groups: Groups) -> None:
@@ -1641,9 +1643,10 @@ def show(args, groups: Groups) -> None:
     if args.target:
         for scenario, methods in groups.items():
             print_scenario(scenario, methods)
-    for number in args.table or [3] * (not args.target):
+    tables = args.table or [3] * (not args.target)
+    for number in tables:
         TABLES[number](groups)
-    if not args.target:
+    if 3 in tables:
         print_tally(groups)
         print_figure_2(groups)
     if args.image_to_image:
