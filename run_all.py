@@ -893,8 +893,9 @@ def print_table_3(groups: Groups) -> None:
         for scenario, rows in part.items():
             _, target, ratio, _ = scenario
             tests = {m: [row["test"] for row in rows[m]] for m in columns if m in rows}
-            ours, runs = {m: statistics.mean(a) for m, a in tests.items()}, map(len, tests.values())
-            lines = {(f"{target}, {ratio}", f"{max(runs)}"): marked(ours, scenario)}
+            ours = {m: statistics.mean(a) for m, a in tests.items()}
+            runs = max(map(len, tests.values()))
+            lines = {(f"{target}, {ratio}", f"{runs}"): marked(ours, scenario)}
             spread = {m: f"{statistics.stdev(a):.3f} " for m, a in tests.items() if len(a) > 1}
             if spread:
                 lines["  deviation", ""] = spread
