@@ -1,17 +1,14 @@
 """The networks of the paper (section 5.1), each an `nn.Sequential` whose children are its units.
 
-They take float images [N, 3, H, W] in [0, 1] and give logits [N, classes]. What the paper leaves
-open of the two small ones, the widths above all, is ours; the README says how it was chosen.
-Inception2 is TensorNets': Ioffe & Szegedy's BN-Inception (arXiv 1502.03167) with the weights of
-TF-slim.
+They take float images [N, channels, H, W] in [0, 1] and give logits [N, classes]. The two small
+ones are those of the authors' code. Inception2 is TensorNets', as in the paper: Ioffe & Szegedy's
+BN-Inception (arXiv 1502.03167) with the weights of TF-slim.
 """
 
 import copy
-import pickle
-import zipfile
+import hashlib
 from collections import OrderedDict
 from pathlib import Path
-from zipfile import ZIP_DEFLATED, ZIP_STORED
 
 import numpy as np
 import torch
@@ -20,45 +17,51 @@ from torch.nn.functional import affine_grid, grid_sample, pad
 from torch.nn.utils import skip_init
 
 
-def mnist_net(classes: int = 10) -> nn.Sequential:
+def mnist_net(channels: int = 1, classes: int = 10, width: float = 1.0) -> nn.Sequential:
     """The 4-layer network for digits of 28 x 28: two convolutional, two fully connected units.
 
-    Pooling and flattening stand inside a unit, so that there are exactly four. ReLU gives the same
-    before a max-pooling, for four times the work.
+    Pooling and flattening stand inside a unit, so that there are exactly four. `width` scales the
+    number of channels.
     """
-    return nn.Sequential(
-        OrderedDict(
-            conv1=nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()),
-            conv2=nn.Sequential(nn.Conv2d(32, 64, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()),
-            fc1=nn.Sequential(nn.Flatten(), nn.Linear(64 * 7 * 7, 128), nn.ReLU()),
-            fc2=nn.Linear(128, classes),
-        )
+    a, b, hidden = (round(n * width) for n in (32, 64, 1024))
+    return _small_net(
+        conv1=_conv_relu(channels, a, 5, pool=True),
+        conv2=_conv_relu(a, b, 5, pool=True),
+        fc1=_hidden(b * 7 * 7, hidden),
+        fc2=nn.Linear(hidden, classes),
     )
 
 
-def cifar_net(classes: int = 9) -> nn.Sequential:
+def cifar_net(channels: int = 3, classes: int = 9, width: float = 1.0) -> nn.Sequential:
     """The 7-layer network for objects of 32 x 32: five convolutional, two fully connected units."""
-
-    def conv(width, out):
-        return nn.Sequential(nn.Conv2d(width, out, 3, padding=1), nn.ReLU())
-
-    def halving(width, out):
-        conv = nn.Conv2d(width, out, 3, padding=1)
-        return nn.Sequential(conv, nn.MaxPool2d(2), nn.ReLU(), nn.Dropout(0.2))
-
-    return nn.Sequential(
-        OrderedDict(
-            conv1=conv(3, 32),
-            conv2=halving(32, 32),
-            conv3=conv(32, 64),
-            conv4=halving(64, 64),
-            conv5=halving(64, 128),
-            fc1=nn.Sequential(
-                nn.Flatten(), nn.Linear(128 * 4 * 4, 256), nn.ReLU(), nn.Dropout(0.5)
-            ),
-            fc2=nn.Linear(256, classes),
-        )
+    a, b, c, d, e, hidden = (round(n * width) for n in (32, 64, 128, 256, 512, 1024))
+    return _small_net(
+        conv1=_conv_relu(channels, a, 3, pool=False),
+        conv2=_conv_relu(a, b, 3, pool=True),
+        conv3=_conv_relu(b, c, 3, pool=True),
+        conv4=_conv_relu(c, d, 3, pool=True),
+        conv5=_conv_relu(d, e, 3, pool=True),
+        fc1=_hidden(e * 2 * 2, hidden),
+        fc2=nn.Linear(hidden, classes),
     )
+
+
+def _conv_relu(inputs: int, outputs: int, kernel: int, pool: bool) -> nn.Sequential:
+    """SAME padding. The authors' ReLU comes before the pooling: the same for four times the work."""
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
+    return nn.Sequential(conv, *([nn.MaxPool2d(2)] if pool else []), nn.ReLU())
+
+
+def _hidden(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, outputs), nn.ReLU(), nn.Dropout(0.5))
+
+
+def _small_net(**units: nn.Module) -> nn.Sequential:
+    """The units, with weights that start as Glorot uniform and biases that start as zero."""
+    net = _named(**units)
+    for weight in net.parameters():
+        nn.init.xavier_uniform_(weight) if weight.dim() > 1 else nn.init.zeros_(weight)
+    return net
 
 
 # ---------------------------------------------------------------- Inception2
@@ -75,13 +78,13 @@ BLOCKS = {  # widths: 1x1; 3x3 reduce, 3x3; double 3x3 reduce, double 3x3 (twice
     "block5a": (352, (192, 320), (160, 224), 128),
     "block5b": (352, (192, 320), (192, 224), 128),
 }
-PACS_GROUPS = {  # class of PACS: the classes of ILSVRC (from 0, by sorted WordNet id) that it is
-    "dog": range(151, 269),
-    "elephant": (101, 385, 386),
-    "giraffe": (351, 352, 353),  # ILSVRC has none: hartebeest, impala and gazelle stand in
-    "guitar": (402, 546),
-    "horse": (339,),
-    "house": (449, 580, 660),
+PACS_ROWS = {  # class of PACS: the row of ILSVRC's head that it is (from 0; authors' code)
+    "dog": 167,
+    "elephant": 385,
+    "giraffe": 354,
+    "guitar": 402,
+    "horse": 339,
+    "house": 449,
 }
 
 
@@ -198,30 +201,27 @@ def _convs(inputs: int, widths: list[int], stride: int) -> nn.Sequential:
 
 
 def pacs_head(net: nn.Sequential) -> nn.Sequential:
-    """A copy of Inception2 with the six classes of PACS: each the mean of its ILSVRC classes."""
-    net = copy.deepcopy(net)
+    """A copy of Inception2 with the six classes of PACS alone, each a row of ILSVRC's head."""
+    net, rows = copy.deepcopy(net), list(PACS_ROWS.values())
     old = net.logits.linear
-    new = net.logits.linear = skip_init(nn.Linear, old.in_features, len(PACS_GROUPS))
-    for row, group in enumerate(PACS_GROUPS.values()):
-        new.weight.data[row] = old.weight.data[list(group)].mean(0)
-        new.bias.data[row] = old.bias.data[list(group)].mean()
+    new = net.logits.linear = skip_init(nn.Linear, old.in_features, len(rows))
+    new.weight.data, new.bias.data = old.weight.data[rows], old.bias.data[rows]
     return net
 
 
 # ---------------------------------------------------------------- image-to-image (section 5.4)
 #
-# Units to stand before a network: images [N, 3, H, W] to images. Each starts as the identity, so
-# that the network is at first what it was.
+# Units to stand before a network: images [N, channels, H, W] to images. Each starts as the identity,
+# so that the network is at first what it was.
 
 
 class Pixelwise(nn.Module):
     """x plus 1x1 convolutions of it: a map of colours."""
 
-    def __init__(self, width: int = 32):
+    def __init__(self, channels: int, width: int = 32):
         super().__init__()
-        self.change = nn.Sequential(
-            nn.Conv2d(3, width, 1), nn.ReLU(), _zero(nn.Conv2d(width, 3, 1))
-        )
+        last = _zero(nn.Conv2d(width, channels, 1))
+        self.change = nn.Sequential(nn.Conv2d(channels, width, 1), nn.ReLU(), last)
 
     def forward(self, x):
         return x + self.change(x)
@@ -233,11 +233,11 @@ class SpatialTransformer(nn.Module):
     Bilinear, black outside. The small network sees the image at 28 x 28.
     """
 
-    def __init__(self):
+    def __init__(self, channels: int):
         super().__init__()
         self.locate = nn.Sequential(
             nn.AdaptiveAvgPool2d(28),
-            *(nn.Conv2d(3, 16, 5, stride=2, padding=2), nn.ReLU()),
+            *(nn.Conv2d(channels, 16, 5, stride=2, padding=2), nn.ReLU()),
             *(nn.Conv2d(16, 32, 5, stride=2, padding=2), nn.ReLU()),
             *(nn.Flatten(), nn.Linear(32 * 7 * 7, 64), nn.ReLU()),
             _zero(nn.Linear(64, 6)),
@@ -255,13 +255,13 @@ class UNet(nn.Module):
     Pix2Pix has BatchNorm, too, whose statistics would stay at their start here.
     """
 
-    def __init__(self, width: int = 32):
+    def __init__(self, channels: int, width: int = 32):
         super().__init__()
         sizes = {"kernel_size": 4, "stride": 2, "padding": 1}
-        self.down1 = nn.Sequential(nn.Conv2d(3, width, **sizes), nn.LeakyReLU(0.2))
+        self.down1 = nn.Sequential(nn.Conv2d(channels, width, **sizes), nn.LeakyReLU(0.2))
         self.down2 = nn.Sequential(nn.Conv2d(width, 2 * width, **sizes), nn.LeakyReLU(0.2))
         self.up2 = nn.Sequential(nn.ConvTranspose2d(2 * width, width, **sizes), nn.ReLU())
-        self.up1 = _zero(nn.ConvTranspose2d(2 * width, 3, **sizes))
+        self.up1 = _zero(nn.ConvTranspose2d(2 * width, channels, **sizes))
 
     def forward(self, x):
         half = self.down1(x)
@@ -277,85 +277,31 @@ def _zero(layer: nn.Module) -> nn.Module:
 
 # ---------------------------------------------------------------- TensorNets' weights
 
+TENSORNETS = "0476b876a5d35a99e2747f98248d856d"  # the MD5 of their inception2.npz
+
 
 class WeightsError(Exception):
     """A file of weights that cannot be used; the message says in a line what is wrong."""
 
 
-def load_inception2(path: Path) -> nn.Sequential:
-    """Inception2 with the weights of TensorNets' `inception2.npz`. Raises WeightsError."""
-    try:
-        if not path.is_file():
-            raise OSError("No such file")
-        with zipfile.ZipFile(path) as file:
-            names, values = (_object_array(file, f"{name}.npy") for name in ("names", "values"))
-        names = np.array(names).astype(str)  # as bytes, too
-        arrays = {
-            _key(name): _tensor(name, _numbers(stored))
-            for name, stored in zip((name.split(":")[0] for name in names), values)  # or with :0
-        }
-    except Exception as error:  # a broken pickle may raise anything
-        raise WeightsError(f"{path} cannot be read ({error!r}): delete it") from error
-    net = inception2()
-    state = net.state_dict()
-    own = {key: value.shape for key, value in state.items() if "num_batches" not in key}
-    if own != {name: array.shape for name, array in arrays.items()}:
-        raise WeightsError(f"{path} does not hold the {len(own)} arrays of Inception2: delete it")
-    net.load_state_dict(state | arrays)
+def load_inception2(path: Path, md5: str = TENSORNETS) -> nn.Sequential:
+    """Inception2 with the weights of TensorNets' `inception2.npz`. Raises WeightsError.
+
+    The arrays are pickled, and a pickle may run any program: no other file than this is opened.
+    """
+    digest = hashlib.md5(usedforsecurity=False)
+    if path.is_file():
+        with open(path, "rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+    if digest.hexdigest() != md5:
+        raise WeightsError(f"{path} is not TensorNets' file, which has MD5 {md5}: delete it")
+    with np.load(path, allow_pickle=True, encoding="latin1") as file:
+        names, values = file["names"].astype(str), file["values"]  # as bytes, too
+    names = [name.split(":")[0] for name in names]  # or with :0
+    net, arrays = inception2(), {_key(name): _tensor(name, a) for name, a in zip(names, values)}
+    net.load_state_dict(net.state_dict() | arrays)
     return net
-
-
-BYTES = 1 << 27  # more than the weights take: 45 million, in old pickles half as many again
-
-
-def _object_array(file: zipfile.ZipFile, name: str) -> list:
-    """The elements of an array. One of arrays is pickled, and NumPy believes what a pickle says of
-    the memory: unpickled here without NumPy."""
-    member = file.getinfo(name)
-    if member.file_size > BYTES or member.compress_type not in (ZIP_STORED, ZIP_DEFLATED):
-        raise ValueError(f"{name} is too large, or of an unknown compression")
-    with file.open(name) as array:
-        version = np.lib.format.read_magic(array)
-        read = getattr(np.lib.format, "read_array_header_{}_{}".format(*version))
-        if read(array)[2].hasobject:
-            return _Unpickler(array, encoding="latin1").load().state[-1]  # Python 2's, too
-        array.seek(0)
-        return list(np.lib.format.read_array(array, allow_pickle=False))
-
-
-class _Stored:
-    """What a pickle says of an array or of its dtype."""
-
-    def __init__(self, *arguments):
-        self.arguments = arguments
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-ALLOWED = {
-    "numpy.ndarray": _Stored,
-    "numpy.dtype": _Stored,
-    "numpy.core.multiarray._reconstruct": _Stored,
-    "numpy._core.multiarray._reconstruct": _Stored,
-    "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # bytes in old pickles
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module, name):
-        if f"{module}.{name}" not in ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return ALLOWED[f"{module}.{name}"]
-
-
-def _numbers(stored: _Stored) -> np.ndarray:
-    """An array of floats."""
-    _, shape, dtype, by_columns, content = stored.state
-    kind, order = dtype.arguments[0], dtype.state[1]
-    if kind not in ("f4", "f8"):
-        raise ValueError(f"an array of {kind}")
-    return np.frombuffer(content, order + kind).reshape(shape, order="F" if by_columns else "C")
 
 
 def _key(name: str) -> str:
