@@ -683,7 +683,7 @@ def print_scenario(scenario: tuple, methods: dict[str, list[dict]]) -> None:
         print("! diverged, in a run or more: its network is from before that")
     if any("candidates" in row for row in rows):
         print_units(rows, names, runs)
-    for method in ("fast-flex", "faster-flex") if data == "real" else ():
+    for method in {"fast-flex", "faster-flex"} & methods.keys() if data == "real" else ():
         if order := [str(unit) for unit in supplement(source, target, ratio, method) if unit]:
             first = ", ".join(named(unit, names) for unit in order[:4])
             print(f"best proxies of {method} in the paper's supplement: {first}, ...")
@@ -792,11 +792,11 @@ def print_table_3(groups: Groups) -> None:
             theirs = {m: a for m in columns if (a := paper(source, target, ratio, m))}
             runs = {m: [row["test"] for row in rows[m]] for m in ours}
             needed = {m for m in BASELINES if m != "ft-fc-2" or source != "ilsvrc"}
-            lines = {f"{target}, {ratio}": marked(ours, needed <= ours.keys())}
+            lines = {f"{target}, {ratio}": marked(ours, needed)}
             spread = {m: f"{statistics.stdev(a):.3f} " for m, a in runs.items() if len(a) > 1}
             lines |= {"  deviation": spread} if spread else {}
             if data == "real" and len(theirs) > 1:
-                lines["  paper"] = marked(theirs, True)
+                lines["  paper"] = marked(theirs, needed)
                 common = ours.keys() & theirs.keys()
                 lines["  difference"] = {m: f"{ours[m] - theirs[m]:+.3f} " for m in common}
             count = f"{max(map(len, runs.values()))}"
@@ -823,9 +823,9 @@ def print_table_3(groups: Groups) -> None:
             )
 
 
-def marked(figures: dict[str, float], all_there: bool) -> dict[str, str]:
+def marked(figures: dict[str, float], needed: set[str]) -> dict[str, str]:
     """Accuracies, with a star where a selection method beats all baselines, if these are there."""
-    to_beat = max(figures[m] for m in figures if m in BASELINES) if all_there else 1
+    to_beat = max(figures[m] for m in needed) if needed <= figures.keys() else 1
     return {m: f"{a:.3f}" + " *"[m in SELECTIONS and a > to_beat] for m, a in figures.items()}
 
 

@@ -2132,7 +2132,7 @@ def test_progress_tells_the_time_left(monkeypatch, capsys):
         "[1/2] first",
         "[1/2] first, half; all: about 4 min",
         "[2/2] second; all: about 3 min",
-        "[2/2] second, done; all: about 0 min",
+        "[2/2] second, done",
     ]
 
 
