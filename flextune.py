@@ -9,8 +9,9 @@ This file needs PyTorch alone, so it can be copied into any project:
 
 The network N = N_L o ... o N_1 is an `nn.Sequential` whose children are its units, numbered 1 to L
 from the input. It gives logits [N, classes]. x [N, ...] is uint8 (enters the network as x / 255),
-float, or int64 tokens; y is int64 [N]. No function changes what it is given. Training seeds
-PyTorch's global random generators and puts their state back: a thread that draws meanwhile sees
+float, or int64 tokens; y is int64 [N]. No function changes what it is given, and a network keeps its
+memory layout: for convolutions `net.to(memory_format=torch.channels_last)` is the faster one.
+Training seeds PyTorch's global random generators and puts their state back: another thread sees
 that. Whatever cannot be worked with is a ValueError.
 """
 
@@ -19,6 +20,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import shutil
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -55,8 +58,6 @@ class Settings:
             value = getattr(self, name)
             if not hasattr(value, "__index__") or value < 1:
                 raise ValueError(f"{name} must be a whole number from 1, not {value!r}")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be positive and finite, not {self.lr}")
 
 
 @dataclass
@@ -89,7 +90,7 @@ class Selection:
 
     @property
     def tied(self) -> list[int | str]:
-        """The candidates that share the arg max: `best`, the smallest unit, is the first of them."""
+        """The candidates that share the arg max. `best`, the smallest unit, is the first."""
         a = self.proxies or {unit: one.accuracy for unit, one in self.tuned.items()}
         return [unit for unit in a if a[unit] == a[self.best]]
 
@@ -155,17 +156,14 @@ def surgery(net: nn.Sequential, tuned: nn.Sequential, unit: int) -> nn.Sequentia
 def certainty(task: Task, selection: Selection, delta: float = 0.05) -> dict:
     """How sure flex's choice is: its lead on D_val, and the bound O(sqrt(log L / |D_val|)) of 3.3.
 
-    "lead" over the "runner_up", the best other candidate; "error", its standard error, both seeing
-    the same images; "bound": by Hoeffding's inequality and a union over the L + 1 candidates, with
-    probability 1 - delta all accuracies on n images are within sqrt(log(2 (L + 1) / delta) / 2n) of
-    those expected, as if each one's epoch were not chosen on the same images.
+    "lead" over the "runner_up", with its standard "error"; "bound": with probability 1 - delta all
+    L + 1 accuracies are so near to those expected (Hoeffding, as if no epoch were chosen on D_val).
     """
     if selection.proxies:
         raise ValueError("certainty is of flex alone: the others do not tune every candidate")
     others = {unit: one for unit, one in selection.tuned.items() if unit != selection.chosen}
     runner_up = max(others, key=lambda unit: others[unit].accuracy)
-    pair = selection.result, others[runner_up]
-    won, lost = (task.right(task.copy(one.net)).double() for one in pair)
+    won, lost = (task.right(one.net).double() for one in (selection.result, others[runner_up]))
     lead, n = won - lost, len(won)
     error = lead.std(correction=0).item() / n**0.5
     bound = math.sqrt(math.log(2 * len(selection.tuned) / delta) / (2 * n))
@@ -193,25 +191,23 @@ def ft_ss(task: Task) -> Result:
     have a shift of each output, starting at 0. Everything else, BatchNorm too, stays as it is.
     In the returned network they are multiplied and added into the weights and biases.
     """
-    scaled, last = task.copy(task.net), candidates(task.net)[-1]
+    scaled, last = copied(task.net), candidates(task.net)[-1]
     for layer in list(scaled[: last - 1].modules()):
-        if parametrize.is_parametrized(layer):
-            raise ValueError(f"ft-ss cannot scale weights that are parametrized: {layer}")
-        for key, weight in list(layer.named_parameters(recurse=False)):
-            delattr(layer, key)
-            layer.register_buffer(key, weight.detach())  # a buffer is not trained
+        for name, weight in list(layer.named_parameters(recurse=False)):
+            delattr(layer, name)
+            layer.register_buffer(name, weight.detach())  # a buffer is not trained
         if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             # Training a bias is training a shift from 0 that is added to it.
             zero = layer.weight.new_zeros(len(layer.weight))
             layer.bias = nn.Parameter(zero if layer.bias is None else layer.bias)
             parametrize.register_parametrization(layer, "weight", _Scale(layer.weight))
     result = fine_tune(replace(task, net=scaled), "all")
-    plain = copy.deepcopy(surgery(task.net, result.net, last))
+    plain = copied(surgery(task.net, result.net, last))
     for name, layer in result.net[: last - 1].named_modules():
-        if parametrize.is_parametrized(layer):
-            plain.get_submodule(name).weight.data = layer.weight.detach()
+        if hasattr(layer, "parametrizations") and "bias" in layer._parameters:
+            plain.get_submodule(name).weight = nn.Parameter(layer.weight.detach())
             plain.get_submodule(name).bias = nn.Parameter(layer.bias.detach())
-    return replace(result, net=plain.eval())
+    return replace(result, net=plain)
 
 
 class _Scale(nn.Module):
@@ -241,7 +237,7 @@ def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None
         return task.results[numbers, epochs]
     start, below = time.perf_counter(), numbers[0] - 1
     shared, x = task.outputs("train", 0 if settings.augment else below)
-    net, (_, y) = task.copy(task.net), task.train
+    net, (_, y) = copied(task.net), task.train
     tuned = nn.ModuleList(net[number - 1] for number in numbers).requires_grad_(True)
     optimizer = torch.optim.Adam(tuned.parameters(), settings.lr, fused=True)
     order = torch.Generator().manual_seed(settings.seed)
@@ -250,24 +246,34 @@ def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None
     last = settings.max_epochs if epochs is None else max(1, epochs)
     with task.reproducible(), torch.enable_grad():
         for epoch in range(1, last + 1):
-            task.training_mode(tuned)
+            for module in tuned.train().modules():
+                if isinstance(module, nn.modules.batchnorm._NormBase):
+                    module.train(settings.batch_statistics)
             shuffled = torch.randperm(len(x), generator=order, device="cpu").to(x.device)
             for batch in shuffled.split(settings.batch_size):
-                optimizer.zero_grad()
-                task.loss(net[shared:], task.enter(x[batch], shared), y[batch]).backward()
-                optimizer.step()
+                images = task.enter(x[batch], shared)
+                with torch.autocast(x.device.type, torch.bfloat16, settings.bfloat16):
+                    images = settings.augment(images) if settings.augment else images
+                    logits = _through(net[shared:], images)  # (B, classes)
+                loss = settings.loss(logits.float() if settings.bfloat16 else logits, y[batch])
+                if loss.requires_grad:
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
             if epoch % settings.check_every and epoch < last:
                 continue
-            finite = [weight.isfinite().all() for weight in tuned.parameters()]
-            if (
-                diverged := not torch.stack(finite).all().item()
-            ):  # a loss that is not, makes these so
-                break
-            a = task.right(net.eval(), below).double().mean().item()
+            for number in reversed(numbers):
+                weights = list(net[number - 1].parameters())
+                if weights and all(weight.grad is None for weight in weights):
+                    why = "no gradient reaches it: is there a no_grad or rounding?"
+                    raise ValueError(f"unit {label(net, number)}: {why}")
+            if diverged := any(not weight.isfinite().all() for weight in tuned.parameters()):
+                break  # a loss that is not finite makes the weights so
+            a = task.accuracy(net, below)
+            history.append((epoch, a))
             left = (time.perf_counter() - start) * (last / epoch - 1)
             what = f"unit {label(net, *numbers)}: epoch {epoch}, validation {a:.3f}"
             task.report(f"{what}, at most {left:.0f} s left")
-            history.append((epoch, a))
             if epochs or best[0] == 0 or a > best[1]:
                 best, state, stale = history[-1], copy.deepcopy(tuned), 0
             else:
@@ -275,13 +281,21 @@ def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None
                 if stale == settings.patience:
                     break
     net = task.net[:].eval()
-    for number, unit in zip(numbers, state.eval().to(memory_format=torch.contiguous_format)):
-        for mine, theirs in zip(unit.parameters(), net[number - 1].parameters()):
-            mine.data = theirs.detach().clone().copy_(mine.detach())  # in the user's memory layout
+    for number, unit in zip(numbers, state.eval()):
         net[number - 1] = unit
     trained, seconds = sum(w.numel() for w in state.parameters()), time.perf_counter() - start
     result = Result(net, numbers, best[1], epoch, seconds, history, trained, diverged)
     return task.results.setdefault((numbers, epochs), result)
+
+
+def show(text: str) -> None:
+    """A line of progress on standard error, rewritten on a terminal: `Task(..., report=show)`."""
+    if sys.stderr and sys.stderr.isatty():
+        text = f"\r{text[: shutil.get_terminal_size().columns - 1]}\x1b[K"
+    elif text:
+        text += "\n"
+    if sys.stderr:
+        print(text, end="", file=sys.stderr, flush=True)
 
 
 @dataclass(eq=False)
@@ -302,59 +316,38 @@ class Task:
 
     def __post_init__(self):
         candidates(self.net)
-        for data in (self.train, self.val):
-            with _refused("train and val must be pairs of tensors, images and int64 labels [N]"):
-                x, y = data
+        with _refused("train and val must be pairs of tensors, x and int64 labels [N]"):
+            for x, y in (self.train, self.val):
                 if y.dtype != torch.int64 or y.shape != x.shape[:1] or not len(y):
                     raise ValueError(f"x is {[*x.shape]}, y {[*y.shape]} {y.dtype}")
                 if x.dtype not in (torch.uint8, torch.int64) and not x.is_floating_point():
                     raise ValueError(f"x is {x.dtype}, not uint8, float or (tokens) int64")
                 if not x.isfinite().all():
                     raise ValueError("x has NaN or infinite values")
-        if self.train[0].shape[1:] != self.val[0].shape[1:]:
-            raise ValueError("images for training and validation differ in size")
-        device, self.layout = self.settings.device, torch.preserve_format
+            if self.train[0].shape[1:] != self.val[0].shape[1:]:
+                raise ValueError("images for training and validation differ in size")
+        device = self.settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
         with _refused(f"device {device}"):
-            self.net = self.copy(self.net).requires_grad_(False)
-            self.net.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            self.net = copied(self.net).requires_grad_(False).to(device)
         self.like = next(self.net.parameters())  # has the network's device and precision
-        self.train, self.val = (
-            (x.detach().to(self.like.device), y.to(self.like.device))
-            for x, y in (self.train, self.val)
-        )
+        both = ((x.detach(), y) for x, y in (self.train, self.val))
+        self.train, self.val = ([tensor.to(self.like.device) for tensor in data] for data in both)
         self.results: dict[tuple, Result] = {}
         self._outputs = {"train": (0, self.train[0]), "val": (0, self.val[0])}
-        try:
-            self.layout = torch.channels_last  # 1.1 to 1.7 times as fast as the usual one
-            self._try_out()
-        except ValueError:
-            self.layout = torch.preserve_format  # some units can work in the usual one alone
+        with self.reproducible():
             self._try_out()
         self.source_accuracy = self.accuracy(self.net)
 
-    def copy(self, net: nn.Sequential) -> nn.Sequential:
-        """A copy of `net` in evaluation mode, in the memory layout that is faster here.
-
-        Each unit is copied by itself: two may share a dropout layer, which is on in one alone.
-        """
-        units = OrderedDict()
-        for number, (name, unit) in enumerate(net._modules.items(), 1):
-            with _refused(f"unit {label(net, number)}"):
-                units[name] = copy.deepcopy(unit).to(memory_format=self.layout)
-        return nn.Sequential(units).eval()
-
     def numbers(self, units: int | str | Iterable) -> tuple[int, ...]:
         """Units, by number or name or "all", as sorted numbers."""
-        every, names = range(1, len(self.net) + 1), list(self.net._modules)
+        every, can = range(1, len(self.net) + 1), candidates(self.net)
+        names = [name.replace("/", ".") for name in self.net._modules]
         one = isinstance(units, str) or not isinstance(units, Iterable)
         wanted = every if units == "all" else [units] if one else units
         numbers = {names.index(unit) + 1 if unit in names else unit for unit in wanted}
-        known = ", ".join(label(self.net, unit) for unit in candidates(self.net))
-        if not numbers <= set(every) or not numbers & set(candidates(self.net)):
+        if not numbers <= set(every) or not numbers & set(can):
+            known = ", ".join(label(self.net, unit) for unit in can)
             raise ValueError(f"{units}: the units that can be tuned are {known}")
-        if numbers & set(self.no_gradient):
-            cut = label(self.net, max(self.no_gradient))
-            raise ValueError(f"unit {cut}: no gradient passes it: is there a no_grad or rounding?")
         return tuple(sorted(map(int, numbers)))
 
     def outputs(self, name: str, most: int) -> tuple[int, torch.Tensor]:
@@ -371,7 +364,7 @@ class Task:
             return 0, x
         done, x = self._outputs[name] if self._outputs[name][0] <= n else (0, x)
         if done < n:
-            self._outputs[name] = n, self.run(self.copy(self.net)[done:n], x, done)
+            self._outputs[name] = n, self.run(copied(self.net)[done:n], x, done)
         return self._outputs[name]
 
     def right(self, net: nn.Sequential, shared: int = 0) -> torch.Tensor:
@@ -380,42 +373,29 @@ class Task:
         Of equal logits the first counts as larger, as for `argmax`. NaN are never right.
         """
         n, x = self.outputs("val", shared)
-        logits, y = self.run(net[n:], x, n), self.val[1][:, None]  # (N, classes), (N, 1)
+        logits, y = self.run(copied(net)[n:], x, n), self.val[1][:, None]  # (N, classes), (N, 1)
         own, place = logits.gather(1, y), torch.arange(logits.shape[1], device=y.device)
         ahead = (logits > own) | ((logits == own) & (place < y))  # (N, classes)
         return (ahead.sum(1) < self.settings.top_k) & ~logits.isnan().any(1)
 
     def accuracy(self, net: nn.Sequential, shared: int = 0) -> float:
         """Top-k accuracy of `net` on D_val, in [0, 1]. Its `shared` lowest units are N's."""
-        return self.right(self.copy(net), shared).double().mean().item()
+        return self.right(net, shared).double().mean().item()
 
     @torch.no_grad()
     def run(self, net: Callable, x: torch.Tensor, n: int = 0) -> torch.Tensor:
         """What `net` makes of all of x, which `n` units have seen, in parts of about 128."""
         parts = x.tensor_split(math.ceil(len(x) / 128))  # of one image only if there is one
-        return torch.cat([net(self.enter(part, n)) for part in parts])
+        return torch.cat([_through(net, self.enter(part, n)) for part in parts])
 
     def enter(self, x: torch.Tensor, n: int = 0) -> torch.Tensor:
         """A batch of x, which `n` units have seen, for the next: a copy, which it may overwrite.
 
-        Images get the network's device and precision, uint8 as x / 255. Tokens, and what units hand
-        on, stay as they are.
+        Images get the network's precision, uint8 as x / 255. Tokens, and what units hand on, stay.
         """
         as_is = n or x.dtype == torch.int64
         batch = x.to(self.like.device, x.dtype if as_is else self.like.dtype, copy=True)
         return batch.div_(255) if x.dtype == torch.uint8 and not n else batch
-
-    def loss(self, net: Callable, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """The loss of a batch of training images."""
-        with torch.autocast(x.device.type, torch.bfloat16, self.settings.bfloat16):
-            logits = net(self.settings.augment(x) if self.settings.augment else x)  # (B, classes)
-        return self.settings.loss(logits.float() if self.settings.bfloat16 else logits, y)
-
-    def training_mode(self, units: nn.Module) -> None:
-        """Dropout on; BatchNorm's statistics as the settings say."""
-        for module in units.train().modules():
-            if isinstance(module, nn.modules.batchnorm._NormBase):
-                module.train(self.settings.batch_statistics)
 
     @contextlib.contextmanager
     def reproducible(self):
@@ -439,56 +419,32 @@ class Task:
 
     @torch.no_grad()
     def _try_out(self) -> None:
-        """Run two images through N, frozen, and in training mode there and back.
-
-        `image_bytes`: what an image takes after each number of units; infinite where outputs cannot
-        be cut into images and kept. `no_gradient`: the units that no gradient reaches.
-        """
-        (x, y), net, self.image_bytes, self.no_gradient = self.train, self.copy(self.net), [0], []
-        one, two = self.enter(x[:1]), self.enter(torch.cat([x[:1], x[-1:]]))
-
-        def training(batch):
-            for number, unit in enumerate(net, 1):
-                with _refused(f"unit {label(net, number)}, in training"):
-                    batch = unit.requires_grad_(True)(batch)
-            return batch
-
-        with self.reproducible():
-            for number, unit in enumerate(self.net, 1):
-                with _refused(f"unit {label(net, number)}"):
-                    two, *again = (unit(copy.deepcopy(two)) for _ in range(8))
-                    if torch.is_tensor(two) and not all(
-                        torch.equal(two.nan_to_num(), other.nan_to_num()) for other in again
-                    ):
-                        raise ValueError(
-                            "it is random in evaluation mode: frozen, it would run once"
-                        )
-                with contextlib.suppress(Exception):  # some units take no single image
-                    one = unit(one)
-                kept = (
-                    torch.is_tensor(two)
-                    and torch.is_tensor(one)
-                    and two.shape == (2, *one.shape[1:])
-                )
-                self.image_bytes.append(one.nbytes if kept and len(one) == 1 else math.inf)
-            classes, labels = two.shape[1], torch.cat([y, self.val[1]])
-            if not 0 <= labels.min() <= labels.max() < classes or self.settings.top_k > classes:
-                raise ValueError(f"labels and top_k must fit the network's {classes} classes")
-            self.training_mode(net)
-            batch = (
-                x[:1] if len(x) % self.settings.batch_size == 1 else x[:2]
-            )  # the smallest to come
-            with torch.enable_grad(), _refused("the loss and its gradient"):
-                loss = self.loss(training, self.enter(batch), y[: len(batch)])
-                if loss.requires_grad:
-                    loss.backward()
-            training(net.eval() and self.enter(batch))
-            for number in candidates(net):
-                with _refused(f"unit {label(net, number)}"):
-                    if all(weight.grad is None for weight in net[number - 1].parameters()):
-                        self.no_gradient.append(number)
-                    torch.optim.Adam(net[number - 1].parameters(), fused=True).step()
-                    copy.deepcopy(net[number - 1])
+        """Find out on two images what cannot be worked with, and what an image takes after each
+        number of units: `image_bytes`, infinite where the outputs are not one tensor of images."""
+        (x, y), net, self.image_bytes = self.train, copied(self.net), [0]
+        one, two = self.enter(x[:1]), self.enter(x[[0, -1]])
+        for n in range(len(net)):
+            unit = net[n : n + 1]
+            two, *again = (_through(unit, copy.deepcopy(two)) for _ in range(8))
+            if torch.is_tensor(two) and not all(
+                two.nan_to_num().equal(other.nan_to_num()) for other in again
+            ):
+                what = "is random in evaluation mode: frozen, it would run once"
+                raise ValueError(f"unit {label(net, n + 1)} {what}")
+            with contextlib.suppress(Exception):  # some units take no single image
+                one = unit(one)
+            kept = torch.is_tensor(two) and torch.is_tensor(one) and len(one) == 1
+            kept = kept and two.shape == (2, *one.shape[1:])
+            self.image_bytes.append(one.nbytes if kept else math.inf)
+        classes, labels = two.shape[1], torch.cat([y, self.val[1]])
+        if not 0 <= labels.min() <= labels.max() < classes or self.settings.top_k > classes:
+            raise ValueError(f"labels and top_k must fit the network's {classes} classes")
+        small = copy.copy(self)  # a training as it will be, with the smallest batch to come
+        few = 1 if len(x) % self.settings.batch_size == 1 else 2
+        small.train = small.val = x[:few], y[:few]
+        small.results, small.report, small.source_accuracy = {}, len, 0.0
+        with _refused("in training"):
+            fine_tune(small, "all", epochs=1)
 
 
 def accuracy(net: nn.Sequential, data: Data, settings: Settings = Settings()) -> float:
@@ -500,8 +456,22 @@ def label(net: nn.Sequential, *units: int | str) -> str:
     """Units for a reader, by number and, where they have one, by name: "8 layer4.0"."""
     if units == ("all",) or len(units) == len(net) > 1:
         return "all"
-    names = [f" {name.replace('/', '.')}" if not name.isdigit() else "" for name in net._modules]
+    names = ["" if name.isdigit() else f" {name.replace('/', '.')}" for name in net._modules]
     return ", ".join(f"{unit}{names[unit - 1]}" for unit in units)
+
+
+def copied(net: nn.Sequential) -> nn.Sequential:
+    """A copy in evaluation mode, unit by unit: two may share a dropout that is on in one alone."""
+    units = ((name, copy.deepcopy(unit)) for name, unit in net._modules.items())
+    return nn.Sequential(OrderedDict(units)).eval()
+
+
+def _through(net: nn.Sequential, x):
+    """net(x). What goes wrong is a ValueError that names the unit."""
+    for name, unit in net._modules.items():
+        with _refused(f"unit {int(name) + 1 if name.isdigit() else name.replace('/', '.')}"):
+            x = unit(x)
+    return x
 
 
 @contextlib.contextmanager

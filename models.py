@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import affine_grid, grid_sample, pad
-from torch.nn.utils import skip_init
 
 
 def mnist_net(channels: int = 1, classes: int = 10, width: float = 1.0) -> nn.Sequential:
@@ -201,11 +200,11 @@ def _convs(inputs: int, widths: list[int], stride: int) -> nn.Sequential:
 
 
 def pacs_head(net: nn.Sequential) -> nn.Sequential:
-    """A copy of Inception2 with the six classes of PACS alone, each a row of ILSVRC's head."""
+    """A copy with the six classes of PACS alone, each a row of its last layer, which is ILSVRC's."""
     net, rows = copy.deepcopy(net), list(PACS_ROWS.values())
-    old = net.logits.linear
-    new = net.logits.linear = skip_init(nn.Linear, old.in_features, len(rows))
-    new.weight.data, new.bias.data = old.weight.data[rows], old.bias.data[rows]
+    last = [layer for layer in net.modules() if isinstance(layer, nn.Linear)][-1]
+    last.weight, last.bias = (nn.Parameter(old.detach()[rows]) for old in (last.weight, last.bias))
+    last.out_features = len(rows)
     return net
 
 

@@ -13,7 +13,6 @@ figures can be had once more.
 """
 
 import argparse
-import base64
 import contextlib
 import copy
 import ctypes
@@ -23,18 +22,17 @@ import json
 import math
 import os
 import re
-import shutil
 import statistics
 import sys
 import tempfile
 import time
 import zipfile
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from secrets import token_hex
 
@@ -42,7 +40,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
 
 import flextune
 import models
@@ -51,8 +48,8 @@ from flextune import Result, Selection, Settings, Task
 
 # ---------------------------------------------------------------- the paper's figures
 #
-# Table 2's accuracy of the source network on each target (QuickDraw's of Table 3), and the units by
-# their proxies' validation accuracy, the best first: for each ratio fast-flex's, then for each
+# Table 2's accuracy of the source network on each target (QuickDraw's of Table 3), and the first
+# units in the order of their proxies' validation accuracy: for each ratio fast-flex's, then for each
 # faster-flex's, of the unpublished supplement (authors' code). A digit is a unit, a to d are units
 # 10 to 13, and 0 is the source network itself.
 TARGETS = """
@@ -62,33 +59,24 @@ TARGETS = """
     mnist transform-random .322 32140 32410 32410 32410 32140 32410 32410 32410
     mnist svhn .211 31240 32140 32140 31420 32140 32140 32140 31240
     mnist transform-fixed .160 32140 32140 32140 32140 32140 32140 32140 32140
-    cifar noisy .540 21354670 21435670 21456307 24165370 21354670 21534670 23514670 23541670
-    cifar blurry .324 25436701 25436710 24536701 23564071 15423670 52143670 54231670 25431670
-    cifar quickdraw .291 45362710 54632170 54632710 54637120 54132670 54326170 54316270 54361270
-    quickdraw blurry .19 21367054 13506274 21340765 21607345 14253607 12345670 12340765 12305764
-    quickdraw noisy .63 56473120 54673120 56743201 56740231 52361470 54632701 54673210 56473102
-    quickdraw cifar .20 54167302 54361720 54367201 43657201 54136720 52436710 54263170 54362701
-    ilsvrc yuv .841 271054ca89d6b3 2750c1a48d96b3 2705cd4918a6b3
-        72a8031c5d94b6 27580c941abd36 27501948cadb63
-    ilsvrc hsv .384 24789510abc3d6 247835910dcab6 247351d0869bca
-        2738b495ac10d6 274895bac10d63 2478591a0bc3d6
-    ilsvrc rotation .743 785a9410cd26b3 687945a01d3cb2 6897542da301cb
-        98a7325c4016db 8679a543210bcd 897654a3c01b2d
-    ilsvrc scaling-symmetric .519 8759a64d10cb23 85749a6cd1032b 857649a32cd10b
-        8793a52bc41d06 8759ab643cd012 8759a64bcd1023
-    ilsvrc scaling-stretch .440 867a354d910cb2 87654a39bd01c2 8675a43b9dc012
-        876a349b52c10d 867a5349bdc102 876a3594dbc102
-    ilsvrc art .532 478bcd0126539a 27845b316ca0d9 78659b2431c0ad
-        3ad014568c279b 97ad018cb34562 6879abc3512d04
-    ilsvrc cartoon .346 96b8275ca43d10 bc685a39472d01 b987c6a453d210
-        936d57bc0148a2 b6987c3a5d2014 97c8b6253a4d01
-    ilsvrc sketch .142 65ab7891d0c432 459736bc801ad2 9b75364ca0d182
-        678c2914d05ab3 654738d01abc29 bc6948573ad102
+    cifar noisy .540 21354 21435 21456 24165 21354 21534 23514 23541
+    cifar blurry .324 25436 25436 24536 23564 15423 52143 54231 25431
+    cifar quickdraw .291 45362 54632 54632 54637 54132 54326 54316 54361
+    quickdraw blurry .19 21367 13506 21340 21607 14253 12345 12340 12305
+    quickdraw noisy .63 56473 54673 56743 56740 52361 54632 54673 56473
+    quickdraw cifar .20 54167 54361 54367 43657 54136 52436 54263 54362
+    ilsvrc yuv .841 27105 2750c 2705c 72a80 27580 27501
+    ilsvrc hsv .384 24789 24783 24735 2738b 27489 24785
+    ilsvrc rotation .743 785a9 68794 68975 98a73 8679a 89765
+    ilsvrc scaling-symmetric .519 8759a 85749 85764 8793a 8759a 8759a
+    ilsvrc scaling-stretch .440 867a3 87654 8675a 876a3 867a5 876a3
+    ilsvrc art .532 478bc 27845 78659 3ad01 97ad0 6879a
+    ilsvrc cartoon .346 96b82 bc685 b987c 936d5 b6987 97c8b
+    ilsvrc sketch .142 65ab7 45973 9b753 678c2 65473 bc694
 """
-ROW = r"(\w+) ([a-z-]+) (\.\d+)((?:\s+[0-9a-d]{5,})+)"
 TARGETS = {  # (source, target): (accuracy, orders)
-    (source, target): (float(figure), orders.split())
-    for source, target, figure, orders in re.findall(ROW, TARGETS)
+    (source, target): (float(figure), orders)
+    for source, target, figure, *orders in map(str.split, TARGETS.strip().splitlines())
 }
 SELECTIONS = ("flex", "fast-flex", "faster-flex")
 BASELINES = ("ft-fc-1", "ft-fc-2", "ft-ss", "ft-all")
@@ -137,20 +125,32 @@ RETRIEVAL = ("ft-fc-1", "ft-all", "flex")
 TALLY = "flex 60, fast-flex 41, ft-all 26"  # of 72, section 5.2
 
 
-def paper(source: str, target: str, ratio: int, method: str) -> float | None:
-    """The test accuracy that the paper published, if it did."""
-    if method == "source":
-        return TARGETS[source, target][0]
-    return PUBLISHED.get((source, target, ratio, method))
+def paper(scenario: tuple, method: str) -> float | None:
+    """The test accuracy that the paper published for a scenario (see `grouped`), if it did."""
+    source, target, ratio, *_ = scenario
+    if not comparable(scenario):
+        return None
+    return (
+        TARGETS[source, target][0]
+        if method == "source"
+        else PUBLISHED.get((source, target, ratio, method))
+    )
 
 
-def supplement(source: str, target: str, ratio: int, method: str) -> list[int]:
-    """The paper's order of the units by the proxies of fast-flex or faster-flex, or []."""
+def supplement(scenario: tuple, method: str) -> list[int]:
+    """The first units in the paper's order of the proxies of fast-flex or faster-flex, or []."""
+    source, target, ratio, *_ = scenario
     ratios = SCENARIOS[source, target].ratios
-    if ratio not in ratios:
+    if not comparable(scenario) or ratio not in ratios:
         return []
     place = ratios.index(ratio) + len(ratios) * (method == "faster-flex")
-    return [int(unit, 16) for unit in TARGETS[source, target][1][place]]
+    return [int(unit, 16) for unit in TARGETS[source, target][1][place] if unit != "0"]
+
+
+def comparable(scenario: tuple) -> bool:
+    """Is it the paper's network on real data?"""
+    source, target, _, data, network = scenario
+    return data == "real" and network == SCENARIOS[source, target].network
 
 
 # ---------------------------------------------------------------- scenarios (Table 2)
@@ -170,7 +170,8 @@ class Family:
     epochs: int | None = None  # of the pretraining: the last state; None: the best one
     top_k: int = 1
     patience: int = 5  # ours: the authors end at the first validation that is worse by .0025 (.025)
-    head: Callable[[nn.Sequential], nn.Sequential] | None = None  # of real weights: not trained
+    weights: Callable[[Path], nn.Sequential] | None = None  # of real data: the pretrained network
+    head: Callable[[nn.Sequential], nn.Sequential] = copy.copy  # what becomes of its last layer
     built_in: dict = field(default_factory=dict)  # what is other on built-in data
 
     def protocol(self, ratio: int) -> tuple[int, int, int]:
@@ -214,7 +215,7 @@ ILSVRC = Family(
     steps=PACS_STEPS,  # not published: those of PACS
     pretraining=Settings(lr=1e-3, max_epochs=9, check_every=1, batch_statistics=True),
     top_k=5,
-    head=lambda net: net,
+    weights=lambda root: models.load_inception2(root / "inception2.npz"),
     built_in={"lr": 1e-3, "steps": ((32, 300, 20),) * 3, "patience": 3, "top_k": 1},
 )
 QUICKDRAW = replace(
@@ -294,13 +295,8 @@ def retrieval(task: Task, tuned, gallery: shifts.Data, queries: shifts.Data, k: 
 
 def features(task: Task, net: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
     """The input of the last unit, a map averaged over its pixels: [N, D]."""
-    below = task.copy(net)[:-1]
-
-    def feature(batch):
-        out = below(batch)
-        return out.mean((2, 3)) if out.dim() == 4 else out.flatten(1)
-
-    return task.run(feature, x)
+    out = task.run(flextune.copied(net)[:-1], x)
+    return out.mean((2, 3)) if out.dim() == 4 else out.flatten(1)
 
 
 # ---------------------------------------------------------------- ranks and progress
@@ -361,22 +357,15 @@ class Progress:
         done = sum(self.costs[: self.step]) + part * self.costs[self.step]
         left = (now - self.start) * (sum(self.costs) / done - 1) / 60 if done else 0
         line = ", ".join(filter(None, [self.title, text]))
-        line += f"; all: about {left:.0f} min" if left else ""
-        if stream is not None and not RANK and stream.isatty():
-            line = f"\r{line[: shutil.get_terminal_size().columns - 1]}\x1b[K"
-            print(line, end="", file=stream, flush=True)
-        elif stream is not None and not RANK and now - self.printed > 10:
-            print(line, file=stream, flush=True)
+        if not RANK and stream and (stream.isatty() or now - self.printed > 10):
+            flextune.show(line + (f"; all: about {left:.0f} min" if left else ""))
             self.printed = now
 
 
-def clear_line() -> None:
-    """Leave the line of the progress to other output."""
-    if sys.stderr is not None and sys.stderr.isatty():
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
 # ---------------------------------------------------------------- running and recording
+
+
+FAST = torch.channels_last  # the memory layout of networks here: 1.1 to 1.7 times as fast
 
 
 @dataclass(frozen=True)
@@ -389,11 +378,7 @@ class Run:
     network: int  # the seed of the source network
     settings: Settings  # with the seed of the draw, but for how often it is validated
     methods: tuple[str, ...]
-
-    @property
-    def family(self) -> Family:
-        family = SCENARIOS[self.pair]
-        return family if self.root else replace(family, **family.built_in)
+    family: Family
 
     @property
     def title(self) -> str:
@@ -425,7 +410,7 @@ class Run:
 
     def cost(self) -> float:
         """About how long it takes, against others: by the images in all networks to be tuned."""
-        networks = 3 + len(unit_names(self.pair)) if "flex" in self.methods else len(self.methods)
+        networks = 12 if "flex" in self.methods else len(self.methods)
         work = {"4-layer": 1, "7-layer": 10}.get(self.family.network, 300 if self.root else 6)
         return networks * work * (self.ratio + 100)  # 100: of the validations
 
@@ -490,14 +475,15 @@ def execute(run: Run, net: nn.Sequential, domain, gallery, args, progress: Calla
     accuracy = cache(replace(task, train=test, val=test).accuracy)
 
     def record(result: Result) -> dict:
-        names = ("units", "epochs", "seconds", "trained", "diverged", "history")
-        both = {"val": result.accuracy, "test": accuracy(result.net)}
-        return both | {name: getattr(result, name) for name in names}
+        own = {
+            name: value for name, value in vars(result).items() if name not in ("net", "accuracy")
+        }
+        return {"val": result.accuracy, "test": accuracy(result.net)} | own
 
     for method in run.methods:
         result = (METHODS | {"flex-i2i": i2i})[method](task)
-        images, settings = len(task.train[1]), as_row(task.settings)
-        row = run.head(method) | {"images": images, "settings": settings}
+        row = run.head(method) | {"images": len(task.train[1]), "settings": as_row(task.settings)}
+        row["names"] = [name.replace("/", ".") for name, _ in net.named_children()]
         if isinstance(result, Selection):
             choice, result = result, result.result
             row |= record(result) | {
@@ -536,34 +522,20 @@ def image_pairs(unit: nn.Module, x: torch.Tensor) -> dict:
     pairs = torch.stack([before, unit(before).clamp(0, 1)], 1).flatten(0, 1)
     if pairs.shape[2] > 64:
         pairs = nn.functional.interpolate(pairs, (64, 64), mode="bilinear", antialias=True)
-    pixels = (pairs * 255).round().byte().permute(0, 2, 3, 1).cpu().contiguous()
-    text = base64.b64encode(zlib.compress(pixels.numpy().tobytes())).decode()
-    return {"shape": [len(x), 2, *pixels.shape[1:]], "zlib": text}  # [N, 2, H, W, channels]
-
-
-@cache
-def unit_names(pair: tuple[str, str]) -> list[str]:
-    """The names of the source network's units, in order."""
-    with torch.device("meta"):  # no weights, no random numbers
-        return [name for name, _ in SCENARIOS[pair].build().named_children()]
+    pixels = (pairs * 255).round().byte().permute(0, 2, 3, 1).cpu().contiguous().numpy()
+    return {"shape": [len(x), 2, *pixels.shape[1:]], "hex": pixels.tobytes().hex()}
 
 
 def source_network(run: Run, args) -> nn.Sequential:
     """The source network: read, or trained once on the source's images and then kept in --out."""
     family = run.family
-    if run.root and family.head:
-        return family.head(models.load_inception2(run.root / "inception2.npz"))
+    if run.root and family.weights:
+        return family.head(family.weights(run.root)).to(memory_format=FAST)
     domain, net = shifts.load(family.source, None, run.root), seeded(family.build, run.network)
     settings = replace(family.pretraining, seed=run.network)
-    made_of = md5(
-        *net.state_dict().values(),
-        as_row(settings),
-        family.epochs,
-        *domain["source"],
-        *domain["val"],
-    )
-    path = args.out / f"{family.source}-{made_of}.pt"
-    state = read_network(path)
+    data, weights = (*domain["source"], *domain["val"]), net.state_dict().values()
+    path = args.out / f"{family.source}-{md5(*weights, as_row(settings), family.epochs, *data)}.pt"
+    net, state = net.to(memory_format=FAST), read_network(path)
     if state is None:
         progress = Progress(1)
         progress.begin(0, f"pretraining on {family.source}")
@@ -571,7 +543,7 @@ def source_network(run: Run, args) -> nn.Sequential:
         task = Task(net, domain["source"], domain["val"], settings, partial(progress, 0))
         state = flextune.fine_tune(task, "all", family.epochs).net.cpu().state_dict()
         write(path, saved({"net": state, "md5": md5(*state, *state.values())}))
-        clear_line()
+        flextune.show("")
     net.load_state_dict(state)
     own = flextune.accuracy(net, domain["test"])
     print(f"{family.source}: {family.network} network, {own:.3f} on its own test images")
@@ -604,13 +576,16 @@ def source_gallery(pair: tuple[str, str], root: Path | None) -> shifts.Data:
 # Rows are grouped by scenario (source, target, ratio, data), and then by method.
 
 BUILT_IN = "BUILT-IN DATA: drawn by shifts.py, no figure compares with the paper's"
+DATA = {"real": "real data", "built-in": BUILT_IN}
 Groups = dict[tuple, dict[str, list[dict]]]
 
 
 def grouped(rows: list[dict]) -> Groups:
+    """The rows by scenario (source, target, ratio, data, network), and of each by method."""
     groups = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        groups[row["source"], row["target"], row["ratio"], row["data"]][row["method"]].append(row)
+        scenario = (row[name] for name in ("source", "target", "ratio", "data", "network"))
+        groups[*scenario][row["method"]].append(row)
     return groups
 
 
@@ -618,16 +593,12 @@ def by_network(groups: Groups, title: str) -> Iterator[Groups]:
     """The scenarios of each network, its name and kind of data printed below the title."""
     parts = defaultdict(dict)
     for scenario, methods in groups.items():
-        (row, *_), *_ = methods.values()
-        network = f"{row['network']} network, top-{row['settings']['top_k']}"
-        parts[f"{row['source']}, {network}, {label(row['data'])}"][scenario] = methods
+        source, _, _, data, network = scenario
+        top_k = next(iter(methods.values()))[0]["settings"]["top_k"]
+        parts[f"{source}, {network} network, top-{top_k}, {DATA[data]}"][scenario] = methods
     for kind, part in parts.items():
         print(f"\n{title}, {kind}")
         yield part
-
-
-def label(data: str) -> str:
-    return "real data" if data == "real" else BUILT_IN
 
 
 def average(rows: list[dict], name: str = "test") -> float:
@@ -658,76 +629,65 @@ def named(unit: str, names: list[str]) -> str:
 
 def print_scenario(scenario: tuple, methods: dict[str, list[dict]]) -> None:
     """The tables of one scenario: its methods, its units, and how sure flex is."""
-    source, target, ratio, data = scenario
-    names, rows = unit_names((source, target)), [row for mine in methods.values() for row in mine]
-    runs, images, top_k = (
+    source, target, ratio, data, _ = scenario
+    rows = [row for mine in methods.values() for row in mine]
+    runs, names, top_k = (
         len({row["seed"] for row in rows}),
-        rows[0]["images"],
+        rows[0]["names"],
         rows[0]["settings"]["top_k"],
     )
-    print(f"\n{source} -> {target}, ratio {ratio}: {images} training images", end=", ")
-    print(f"{runs} run{'s' * (runs > 1)}, top-{top_k} accuracy\n{label(data)}")
-    table = [["method", "validation", "test", "epochs", "seconds", "paper"]]
+    print(f"\n{source} -> {target}, ratio {ratio}: {rows[0]['images']} training images", end=", ")
+    print(f"{runs} run{'s' * (runs > 1)}, top-{top_k} accuracy\n{DATA[data]}")
+    table = [
+        ["method", "validation", "test", "epochs", "seconds", *["paper"] * comparable(scenario), ""]
+    ]
     for method, mine in methods.items():
-        worse = any(row["val"] < row["history"][0][1] for row in mine)
-        marks = "*" * worse + "!" * any(row["diverged"] for row in mine)
+        worse = any(row["val"] < row["history"][0][1] for row in mine)  # in a run or more
+        notes = ["below the source"] * worse + ["diverged"] * any(row["diverged"] for row in mine)
         accuracies = (mean([row[name] for row in mine]) for name in ("val", "test"))
         costs = f"{average(mine, 'epochs'):.0f}", f"{average(mine, 'seconds'):.1f}"
-        theirs = paper(source, target, ratio, method) or "not published"
-        table.append([method + marks, *accuracies, *costs, str(theirs)])
-    print_columns(table if data == "real" else [line[:-1] for line in table], left=1)
-    marked = "".join(line[0][-2:] for line in table)
-    if "*" in marked:
-        print("* worse on the validation set than the source network, in a run or more")
-    if "!" in marked:
-        print("! diverged, in a run or more: its network is from before that")
+        theirs = [str(paper(scenario, method) or "not published")] * comparable(scenario)
+        table.append([method, *accuracies, *costs, *theirs, ", ".join(notes)])
+    print_columns(table, left=1)
     if any("candidates" in row for row in rows):
         print_units(rows, names, runs)
-    for method in {"fast-flex", "faster-flex"} & methods.keys() if data == "real" else ():
-        if order := [str(unit) for unit in supplement(source, target, ratio, method) if unit]:
-            first = ", ".join(named(unit, names) for unit in order[:4])
+    for method in ("fast-flex", "faster-flex"):
+        if method in methods and (order := supplement(scenario, method)):
+            first = ", ".join(named(str(unit), names) for unit in order[:4])
             print(f"best proxies of {method} in the paper's supplement: {first}, ...")
-    print_certainty(methods.get("flex", []), names)
+    if flex := [row["certainty"] for row in methods.get("flex", ())]:
+        lead, error, bound = (average(flex, name) for name in ("lead", "error", "bound"))
+        ties = sum(len(row["tied"]) > 1 for row in methods["flex"])
+        print(
+            f"flex's choice leads the next by {lead:.3f} \u00b1 {error:.3f} on the validation set",
+            end="",
+        )
+        print(f" (there, with probability 95%, all are within {bound:.3f})")
+        if ties:
+            print(f"it is tied in {ties} of {runs} runs: the smallest unit is taken")
 
 
 def print_units(rows: list[dict], names: list[str], runs: int) -> None:
     """A line for each candidate: its accuracies, and which algorithms chose it (how often)."""
-    columns = ("validation", "test", "proxy (fast-flex)", "proxy (faster-flex)")
-    table = [["unit", *columns, "chosen by"]]
+    proxies = ("fast-flex", "faster-flex")
+    table = [["unit", "validation", "test", *(f"proxy ({m})" for m in proxies), "chosen by"]]
     for unit in ("0", *map(str, range(1, len(names) + 1)), "all"):
-        found, chosen_by = {column: {} for column in columns}, Counter()  # column: seed: accuracy
-        for row in rows:
-            method, seed = row["method"], row["seed"]
-            if unit in row.get("proxies", ()):
-                found[f"proxy ({method})"][seed] = row["proxies"][unit]
-            # Algorithm 3 tunes all units for a single epoch: that is not ft-all.
-            if unit in row.get("candidates", ()) and (unit, method) != ("all", "faster-flex"):
-                found["validation"][seed] = row["candidates"][unit]["val"]
-                found["test"][seed] = row["candidates"][unit]["test"]
-            chosen_by[method] += row.get("chosen") == unit
-        how_often = (f"{m}" + f" ({n} of {runs})" * (runs > 1) for m, n in chosen_by.items() if n)
-        if unit != "0" or found["test"]:
-            means = (mean([*by_seed.values()]) for by_seed in found.values())
-            table.append([named(unit, names), *means, ", ".join(how_often)])
+        # Algorithm 3 tunes all units for a single epoch: that is not ft-all.
+        tuned = {
+            row["seed"]: row["candidates"][unit]
+            for row in rows
+            if unit in row.get("candidates", ()) and (unit, row["method"]) != ("all", "faster-flex")
+        }
+        found = [[one[split] for one in tuned.values()] for split in ("val", "test")]
+        for method in proxies:
+            mine = [row for row in rows if row["method"] == method]
+            found.append([row["proxies"][unit] for row in mine if unit in row["proxies"]])
+        chosen = Counter(row["method"] for row in rows if row.get("chosen") == unit)
+        how_often = (m + f" ({n} of {runs})" * (runs > 1) for m, n in chosen.items())
+        if unit != "0" or tuned:
+            table.append([named(unit, names), *map(mean, found), ", ".join(how_often)])
     print()
     print_columns(table, left=len(table[0]))
-
-
-def print_certainty(rows: list[dict], names: list[str]) -> None:
-    """How sure flex's choice is: a line for each that it made, the mean of those runs."""
-    choices = defaultdict(list)
-    for row in rows:
-        choices[row["chosen"], str(row["certainty"]["runner_up"])].append(row)
-    for units, runs in choices.items():
-        chosen, other = (named(unit, names) for unit in units)
-        lead, error = (average([row["certainty"] for row in runs], n) for n in ("lead", "error"))
-        count = f" in {len(runs)} of {len(rows)} runs" * (len(rows) > 1)
-        ties = sum(len(row["tied"]) > 1 for row in runs)
-        tied = f"; tied in {ties}: the smallest unit is taken" * (ties > 0)
-        print(f"flex: {chosen} leads {other} by {lead:.3f} \u00b1 {error:.3f}{count}{tied}")
-    if rows:
-        bound = rows[0]["certainty"]["bound"]
-        print(f"(on the validation set; there, with probability 95%, all are within {bound:.3f})")
 
 
 # ---------------------------------------------------------------- the paper's tables
@@ -742,40 +702,31 @@ FORMULAS = {  # Table 1, of L, E_one c_one, E_all c_all and c_all
 
 
 def print_table_1(groups: Groups) -> None:
-    """Per network: what each method cost, and what the formula makes of E and c as measured.
-
-    Epochs and seconds are means over the scenarios, of each over its runs.
-    """
-
-    def means(rows):
-        return average(rows, "epochs"), average(rows, "seconds")
-
-    def over(pairs):
-        return [statistics.mean(column) for column in zip(*pairs)]
-
+    """Per network: what each method cost, in the mean of all runs, and by the formula."""
     for part in by_network(groups, "Table 1"):
-        runs = [methods["flex"] for methods in part.values() if "flex" in methods]
-        if not runs:
+        rows = {m: [row for mine in part.values() for row in mine.get(m, ())] for m in FORMULAS}
+        pairs = [pair for row in rows["flex"] for pair in row["candidates"].items()]
+        if not pairs:
             print("needs the results of flex")
             continue
-        tuned = [[pair for row in rows for pair in row["candidates"].items()] for rows in runs]
-        one, whole = (
-            over(
-                means([result for unit, result in pairs if (unit == "all") == is_all])
-                for pairs in tuned
+        (e_one, one), (e_all, whole) = (
+            [average(mine, name) for name in ("epochs", "seconds")]
+            for mine in (
+                [result for unit, result in pairs if unit != "all"],
+                [result for unit, result in pairs if unit == "all"],
             )
-            for is_all in (False, True)
         )
-        c_one, c_all = one[1] / one[0], whole[1] / whole[0]
-        units = len(runs[0][0]["candidates"]) - 1
-        print(f"L = {units}, E_one = {one[0]:.1f} epochs, c_one = {c_one:.3f} s", end=", ")
-        print(f"E_all = {whole[0]:.1f} epochs, c_all = {c_all:.3f} s")
+        n, c_all = len(rows["flex"][0]["candidates"]) - 1, whole / e_all
+        print(f"L = {n}, E_one = {e_one:.1f} epochs, c_one = {one / e_one:.3f} s", end=", ")
+        print(f"E_all = {e_all:.1f} epochs, c_all = {c_all:.3f} s")
         table = [["method", "formula", "by formula, s", "measured, s", "epochs"]]
         for method, (formula, cost) in FORMULAS.items():
-            mine = [means(methods[method]) for methods in part.values() if method in methods]
-            if mine:
-                epochs, seconds = over(mine)
-                costs = cost(units, one[1], whole[1], c_all), seconds, epochs
+            if mine := rows[method]:
+                costs = (
+                    cost(n, one, whole, c_all),
+                    average(mine, "seconds"),
+                    average(mine, "epochs"),
+                )
                 table.append([method, formula, *(f"{cost:.1f}" for cost in costs)])
         print_columns(table, left=2)
 
@@ -787,17 +738,18 @@ def print_table_3(groups: Groups) -> None:
         present = {method for methods in part.values() for method in methods}
         columns = [m for m in ("source", *SELECTIONS, *BASELINES) if m in present]
         table, best, first = [["target, ratio", "runs", *columns]], Counter(), defaultdict(list)
-        for (source, target, ratio, data), rows in part.items():
+        for scenario, rows in part.items():
+            source, target, ratio, *_ = scenario
             ours = {m: round(average(rows[m]), 3) for m in columns if m in rows}
-            theirs = {m: a for m in columns if (a := paper(source, target, ratio, m))}
+            theirs = {m: a for m in columns if (a := paper(scenario, m))}
             runs = {m: [row["test"] for row in rows[m]] for m in ours}
             needed = {m for m in BASELINES if m != "ft-fc-2" or source != "ilsvrc"}
             lines = {f"{target}, {ratio}": marked(ours, needed)}
             spread = {m: f"{statistics.stdev(a):.3f} " for m, a in runs.items() if len(a) > 1}
             lines |= {"  deviation": spread} if spread else {}
-            if data == "real" and len(theirs) > 1:
-                lines["  paper"] = marked(theirs, needed)
+            if len(theirs) > 1:
                 common = ours.keys() & theirs.keys()
+                lines["  paper"] = marked(theirs, needed)
                 lines["  difference"] = {m: f"{ours[m] - theirs[m]:+.3f} " for m in common}
             count = f"{max(map(len, runs.values()))}"
             for head, line in lines.items():
@@ -805,22 +757,18 @@ def print_table_3(groups: Groups) -> None:
                 count = ""
             highest = max(a for m, a in ours.items() if m != "source" or len(ours) == 1)
             best.update(m for m in ours if ours[m] == highest)
-            for method in ("fast-flex", "faster-flex") if data == "real" else ():
-                order, proxies = supplement(source, target, ratio, method), rows.get(method)
-                if order and proxies:
-                    unit = max(
-                        proxies[0]["proxies"],
-                        key=lambda u: sum(row["proxies"][u] for row in proxies),
-                    )
-                    first[method].append(int(unit) == next(filter(None, order)))
+            for method in ("fast-flex", "faster-flex"):
+                order, sums = supplement(scenario, method), Counter()
+                for row in rows.get(method, ()):
+                    sums.update(row["proxies"])
+                if order and sums:
+                    first[method].append(int(max(sums, key=sums.get)) == order[0])
         print_columns(table, left=1)
         print("* better than every baseline (ft-)")
         print(f"best in how many of {len(part)} scenarios, ties counting for each:", end=" ")
         print(", ".join(f"{m} {best[m]}" for m in columns if best[m]), f"(paper, of 72: {TALLY})")
         for method, same in first.items():
-            print(
-                f"{method}: the best proxy is that of the supplement in {sum(same)} of {len(same)}"
-            )
+            print(f"{method}: the best proxy is the supplement's in {sum(same)} of {len(same)}")
 
 
 def marked(figures: dict[str, float], needed: set[str]) -> dict[str, str]:
@@ -833,15 +781,12 @@ def print_table_4(groups: Groups) -> None:
     """AP@10 of the target's test images in the source's validation images."""
     for part in by_network(groups, "Table 4, mean AP@10"):
         table = [["target, ratio", *RETRIEVAL]]
-        for (_, target, ratio, data), methods in part.items():
-            found = ([row.get("retrieval") for row in methods.get(m, ())] for m in RETRIEVAL)
-            table.append(
-                [
-                    f"{target}, {ratio}",
-                    *(mean([a for a in mine if a is not None]) for mine in found),
-                ]
-            )
-            if data == "real" and target in TABLE_4 and ratio in (12, 20):
+        for scenario, methods in part.items():
+            _, target, ratio, *_ = scenario
+            rows = ([row for row in methods.get(m, ()) if "retrieval" in row] for m in RETRIEVAL)
+            found = (mean([row["retrieval"] for row in mine]) for mine in rows)
+            table.append([f"{target}, {ratio}", *found])
+            if comparable(scenario) and target in TABLE_4 and ratio in (12, 20):
                 table.append(["  paper", *(f"{a:.2f}" for a in TABLE_4[target])])
         print_columns(table, left=1)
 
@@ -851,7 +796,6 @@ def print_table_4(groups: Groups) -> None:
 
 def draw_figures(groups: Groups, folder: Path) -> None:
     """Figures 1, 2 and 3 as PNG files, from the result rows alone."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name, figure in (*figures_1(groups), *figures_2(groups), *figures_3(groups)):
         figure.savefig(folder / f"{name}.png", dpi=150)
         print(folder / f"{name}.png")
@@ -869,40 +813,39 @@ def canvas(width: float, height: float, rows: int = 1, columns: int = 1):
 def figures_1(groups: Groups):
     """For each target: accuracies of each candidate, a line per ratio, flex's pick marked."""
     targets = defaultdict(dict)
-    for (source, target, ratio, data), methods in groups.items():
+    for (source, target, ratio, data, network), methods in groups.items():
         if "flex" in methods:
-            targets[source, target, data][ratio] = methods["flex"]
-    for (source, target, data), ratios in targets.items():
+            targets[source, target, data, network][ratio] = methods["flex"]
+    for (source, target, data, network), ratios in targets.items():
         figure, ((axes,),) = canvas(7, 4)
-        names = [*unit_names((source, target)), "all"]
         for number, (ratio, rows) in enumerate(ratios.items()):
+            units, names = [*rows[0]["candidates"]], [*rows[0]["names"], "all"]
             for split, line in (("test", "--"), ("val", "-")):
-                ones = [[row["candidates"][unit] for row in rows] for unit in rows[0]["candidates"]]
-                a = [average(one, split) for one in ones]
+                a = [average([row["candidates"][u] for row in rows], split) for u in units]
                 axes.plot(names, a, line, color=f"C{number}", label=f"{split}, ratio {ratio}")
             ((pick, _),) = Counter(row["chosen"] for row in rows).most_common(1)
-            place = [*rows[0]["candidates"]].index(pick)
+            place = units.index(pick)
             axes.plot(place, a[place], "v", color="blue", markersize=9)
-        axes.set(title=f"{source} → {target}, {data} data", ylabel="accuracy")
+        axes.set(title=f"{source} → {target}, {network}, {data} data", ylabel="accuracy")
         axes.tick_params(axis="x", rotation=45)
         figure.legend(title="▼ flex's pick", fontsize="small", loc="outside right upper")
-        yield f"figure-1-{source}-{target}-{data}", figure
+        yield f"figure-1-{source}-{target}-{network}-{data}", figure
 
 
 def ranks_and_picks(groups: Groups) -> dict:
     """Figure 2: by (source, network, data), and by target, the units' ranks and the picks.
 
     The units are ranked by test accuracy at each ratio, from 0 for the worst, and the ranks summed.
-    `picks` has for each method the columns, from 0, that it chose in most runs of a ratio, fast-flex
-    before its line 10; the column after the last unit is "all".
+    `picks` has for each method the columns, from 0, that it chose in most runs of a ratio. Of
+    fast-flex that is before its line 10. The column after the last unit is "all".
     """
     panels = defaultdict(dict)
-    for (source, target, _, data), methods in groups.items():
+    for (source, target, _, data, network), methods in groups.items():
         if "flex" not in methods:
             continue
         *units, _ = columns = [*methods["flex"][0]["candidates"]]
-        panel = panels[source, methods["flex"][0]["network"], data]
-        sums, picks = panel.setdefault(target, ([0] * len(units), {m: set() for m in SELECTIONS}))
+        nothing = [0] * len(units), {method: set() for method in SELECTIONS}
+        sums, picks = panels[source, network, data].setdefault(target, nothing)
         tests = [average([row["candidates"][u] for row in methods["flex"]]) for u in units]
         sums[:] = [total + sum(a > b for b in tests) for total, a in zip(sums, tests)]
         for method in SELECTIONS:
@@ -919,19 +862,16 @@ def figures_2(groups: Groups):
         return
     figure, axes = canvas(7, 3 * len(panels), len(panels))
     for ((source, network, data), targets), (ax,) in zip(panels.items(), axes):
-        shades = [[*(total / max(1, *sums) for total in sums), 0] for sums, _ in targets.values()]
+        ranks, picks = zip(*targets.values())
+        shades = [[*(total / max(1, *sums) for total in sums), 0] for sums in ranks]
         ax.imshow(shades, cmap="Greys", vmin=0, vmax=1.5, aspect="auto")
         for place, (method, color) in enumerate(zip(SELECTIONS, ("blue", "green", "red"))):
-            at = [
-                (x + place / 4 - 0.25, y)
-                for y, (_, picks) in enumerate(targets.values())
-                for x in picks[method]
-            ]
+            at = [(x + place / 4 - 0.25, y) for y, mine in enumerate(picks) for x in mine[method]]
             name = method + " (line 7)" * (method == "fast-flex")
             ax.plot([x for x, _ in at], [y for _, y in at], "^", color=color, label=name)
-        names = unit_names((source, next(iter(targets))))
+        units = len(ranks[0])
         ax.set_yticks(range(len(targets)), targets)
-        ax.set_xticks(range(len(names) + 1), [*names, "all\n(no rank)"], rotation=45)
+        ax.set_xticks(range(units + 1), [*range(1, units + 1), "all\n(no rank)"])
         ax.set_title(f"{source}, {network} network, {data} data (darker: better)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     yield "figure-2", figure
@@ -944,9 +884,8 @@ def figures_3(groups: Groups):
         return
     figure, axes = canvas(7.2, 1.1 * len(last), len(last), 4)
     for ((source, target, data), row), line in zip(last.items(), axes):
-        pixels = zlib.decompress(base64.b64decode(row["pairs"]["zlib"]))
-        images = np.frombuffer(pixels, np.uint8).reshape(row["pairs"]["shape"])
-        for ax, pair in zip(line, images):  # [2, H, W, channels]
+        images = np.frombuffer(bytes.fromhex(row["pairs"]["hex"]), np.uint8)
+        for ax, pair in zip(line, images.reshape(row["pairs"]["shape"])):  # [2, H, W, channels]
             ax.imshow(np.concatenate([*pair], 1).squeeze(), cmap="gray", vmin=0, vmax=255)
             ax.set_axis_off()
         title = f"{source} → {target}, ratio {row['ratio']}, {data} data: before, after unit 0"
@@ -965,32 +904,26 @@ def literal(task: Task, units: list[int], epochs: int | None = None):
     net, settings, last = copy.deepcopy(task.net), task.settings, epochs or task.settings.max_epochs
     tuned = nn.ModuleList(net[unit - 1] for unit in units).requires_grad_(True)
     optimizer = torch.optim.Adam(tuned.parameters(), lr=settings.lr)
-    train, val = (TensorDataset(*data) for data in (task.train, task.val))
     order, best, stale = torch.Generator().manual_seed(settings.seed), -1.0, 0
-
-    def batches(data, size, sampler=None):  # with a generator of its own: the global is dropout's
-        return DataLoader(data, size, sampler=sampler, generator=torch.Generator())
-
-    def logits(x):
-        return net(x / 255 if x.dtype == torch.uint8 else x)
-
+    (x, y), (x_val, y_val) = (
+        (x / 255 if x.dtype == torch.uint8 else x, y) for x, y in (task.train, task.val)
+    )
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         for epoch in range(1, last + 1):
             tuned.train()
             for module in tuned.modules():
                 module.training &= not isinstance(module, nn.BatchNorm2d)
-            shuffled = torch.randperm(len(train), generator=order).tolist()
-            for x, y in batches(train, settings.batch_size, shuffled):
+            for batch in torch.randperm(len(y), generator=order).split(settings.batch_size):
                 optimizer.zero_grad()
-                cross_entropy(logits(x), y).backward()
+                cross_entropy(net(x[batch]), y[batch]).backward()
                 optimizer.step()
             if epoch % settings.check_every and epoch < last:
                 continue
             net.eval()
             with torch.no_grad():
-                top = [(logits(x).topk(settings.top_k).indices, y) for x, y in batches(val, 128)]
-            a = sum((k == y[:, None]).any(1).sum().item() for k, y in top) / len(val)
+                top = [net(part).topk(settings.top_k).indices for part in x_val.split(128)]
+            a = (torch.cat(top) == y_val[:, None]).any(1).double().mean().item()
             stale = 0 if epochs or a > best else stale + 1
             if not stale:
                 best, state = a, copy.deepcopy(net.state_dict())
@@ -1035,9 +968,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole(text: str, least: int = 1) -> int:
-    if not text.isdecimal() or not least <= int(text[:9]) < 100_000 or len(text) > 9:
+    if not text.isdecimal() or len(text) > 5 or int(text) < least:
         raise argparse.ArgumentTypeError(f"must be a whole number from {least} to 99999")
     return int(text)
+
+
+def device(text: str) -> str:
+    try:
+        return torch.empty(0, device=text) is None or text
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from error
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -1065,7 +1005,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--table", tables, nargs="+", type=int, choices=TABLES, default=[])
     add("--figures", "folder to draw the paper's figures in (needs matplotlib)", type=Path)
     add("--data", "folder of real data, or builtin; default: data/, else built-in", type=str)
-    add("--device", "cpu, cuda or cuda:N; default: CUDA where there is one", type=str)
+    add("--device", "cpu, cuda or cuda:N; default: CUDA where there is one", type=device)
     add("--out", "folder of the results; default: results", type=Path, default=Path("results"))
     save = "train, and write here the network that flex chose (or the last method); for one run"
     add("--save", save, type=Path)
@@ -1075,7 +1015,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def scenarios(args) -> list[tuple[str, str]]:
-    """The (source, target) pairs asked for. Raises UsageError for an unknown or unclear target."""
+    """The (source, target) pairs asked for. Raises UsageError."""
     pairs = [pair for pair in SCENARIOS if args.source in (None, pair[0])]
     for name in args.target or ():
         sources = [source for source, target in pairs if target == name]
@@ -1089,27 +1029,20 @@ def scenarios(args) -> list[tuple[str, str]]:
         largest = SCENARIOS[pair].ratios[-1]
         if max(args.ratio or [0]) > largest:
             raise UsageError(f"--ratio: the largest of {' -> '.join(pair)} is {largest}")
+    if args.data not in (None, "builtin") and not Path(args.data or "-").is_dir():
+        raise UsageError(f"--data: there is no folder {args.data}; for the drawn images: builtin")
     return pairs
 
 
-def check_options(args, runs: list[Run]) -> None:
-    """What cannot be is better found now than after the training. Raises UsageError."""
-    if args.data not in (None, "builtin") and not Path(args.data or "-").is_dir():
-        raise UsageError(f"--data: there is no folder {args.data}; for the drawn images: builtin")
-    if args.save and (len(runs) > 1 or args.save.exists() and not args.save.is_file()):
+def check_outputs(args, runs: int) -> None:
+    """What cannot be written is better found now than after the training. Raises UsageError."""
+    if args.save and (runs > 1 or args.save.exists() and not args.save.is_file()):
         raise UsageError("--save: name a file, and one --target, one --ratio and --runs 1")
-    try:
-        torch.empty(0, device=args.device)
-        if args.figures:
-            import matplotlib  # noqa: F401
-        for folder in (args.out, args.figures, args.save and args.save.parent):
-            if folder:
-                folder.mkdir(parents=True, exist_ok=True)
-                tempfile.TemporaryFile(dir=folder).close()
-    except ImportError:
-        raise UsageError("--figures needs matplotlib: pip install matplotlib") from None
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
+    if args.figures and not find_spec("matplotlib"):
+        raise UsageError("--figures needs matplotlib: pip install matplotlib")
+    for folder in filter(None, (args.out, args.figures, args.save and args.save.parent)):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def print_scenarios(pairs: list[tuple[str, str]], data: str | None) -> None:
@@ -1117,11 +1050,16 @@ def print_scenarios(pairs: list[tuple[str, str]], data: str | None) -> None:
     for pair in pairs:
         family, there = SCENARIOS[pair], {"built-in images": True}
         if data != "builtin":
-            there = shifts.present(*pair, Path(data or "data"))
+            there = shifts.present(needed(pair, family), Path(data or "data"))
         found = ", ".join(f"{what} {'there' if is_ else 'missing'}" for what, is_ in there.items())
         top_k, ratios = 1 if data == "builtin" else family.top_k, " ".join(map(str, family.ratios))
         table.append([pair[0], family.network, pair[1], ratios, f"top-{top_k}", found])
     print_columns(table, left=len(table[0]))
+
+
+def needed(pair: tuple[str, str], family: Family) -> list[str]:
+    """The data sets of a scenario, and the weights of its network."""
+    return shifts.needs(*pair) + ["inception2"] * (family.network == "Inception2")
 
 
 def plan(pairs: list[tuple[str, str]], args) -> list[Run]:
@@ -1132,7 +1070,7 @@ def plan(pairs: list[tuple[str, str]], args) -> list[Run]:
         mine = runs_of(pair, root, args)
         if root and any(missing(run, args) for run in mine):
             try:
-                shifts.provide(*pair, root, partial(progress, 0))
+                shifts.provide(needed(pair, mine[0].family), root, partial(progress, 0))
             except shifts.MissingError as error:
                 if args.data:
                     raise
@@ -1144,10 +1082,12 @@ def plan(pairs: list[tuple[str, str]], args) -> list[Run]:
 
 def runs_of(pair: tuple[str, str], root: Path | None, args) -> list[Run]:
     """The scenario-runs of a scenario that are asked for, with their data in `root`."""
-    family, runs = Run(pair, 0, root, 0, Settings(), ()).family, []
+    family, runs = SCENARIOS[pair], []
+    family = family if root else replace(family, **family.built_in)
     methods = [method for method in METHODS if method in (args.methods or METHODS)]
-    if family.network == "Inception2" and not args.methods:
+    if pair[0] == "ilsvrc" and not args.methods:
         methods.remove("ft-fc-2")  # the paper tunes one last unit alone
+    methods += ["flex-i2i"] * args.image_to_image
     for ratio in sorted(set(args.ratio or family.ratios)):
         batch_size, most, _ = family.protocol(ratio)
         for number in range(args.runs or (20 if ratio == family.ratios[0] else 1)):
@@ -1162,9 +1102,8 @@ def runs_of(pair: tuple[str, str], root: Path | None, args) -> list[Run]:
                 cache_bytes=args.cache_gib << 30,
                 bfloat16=args.bfloat16,
             )
-            all_methods = (*methods, *["flex-i2i"] * args.image_to_image)
             network = number % args.source_networks
-            runs.append(Run(pair, ratio, root, network, settings, all_methods))
+            runs.append(Run(pair, ratio, root, network, settings, tuple(methods), family))
     return runs
 
 
@@ -1181,7 +1120,7 @@ def missing(run: Run, args) -> tuple[str, ...]:
 
 def run_scenarios(pairs: list[tuple[str, str]], args) -> None:
     """Run what has no result yet, in this rank's share, and show all results."""
-    check_options(args, [run for pair in pairs for run in runs_of(pair, None, args)])
+    check_outputs(args, sum(len(runs_of(pair, None, args)) for pair in pairs))
     if RANK:
         reached("planned", range(1))
     runs = plan(pairs, args)
@@ -1191,15 +1130,11 @@ def run_scenarios(pairs: list[tuple[str, str]], args) -> None:
         return run_benchmark(runs, args)
     left = [missing(run, args) for run in runs]
     if done := left.count(()):
-        print(
-            f"{done} of {len(runs)} runs have their results in {args.out} (others: --out, --seed)"
-        )
-    sources = {run.source: run for run in runs}
+        print(f"{done} of {len(runs)} runs have results in {args.out} (for others: --out, --seed)")
+    sources = {run.source: run for run, methods in zip(runs, left) if methods}
     network, gallery = cache(lambda key: source_network(sources[key], args)), cache(source_gallery)
     for number in shared("sources", len(sources)):
-        key = list(sources)[number]
-        if any(methods and run.source == key for run, methods in zip(runs, left)):
-            network(key)
+        network([*sources][number])
     reached("pretrained", range(RANKS))
     progress = Progress(*(run.cost() * bool(methods) for run, methods in zip(runs, left)))
     loaded = None
@@ -1213,7 +1148,7 @@ def run_scenarios(pairs: list[tuple[str, str]], args) -> None:
             searched = 4 in args.table and has_gallery(run.pair, run.root)
             images = gallery(run.pair, run.root) if searched else None
             execute(run, network(run.source), domain, images, args, progress)
-    clear_line()
+    flextune.show("")
     reached("finished", range(RANKS))
     if RANK == 0:
         show(grouped([read_row(run.path(m, args.out)) for run in runs for m in run.methods]), args)
@@ -1259,7 +1194,7 @@ def main(argv: list[str] | None = None) -> None:
             raise
         problem = f"error: out of memory: try less than --cache-gib {args.cache_gib}"
     if problem:
-        clear_line()
+        flextune.show("")
         print(f"run_all.py: {problem}", file=sys.stderr)
         sys.exit(status)
 

@@ -62,22 +62,21 @@ INPUTS = {"mnist": (1, 28), "cifar": (3, 32), "quickdraw": (1, 32)}  # channels 
 
 
 def needs(source: str, target: str) -> list[str]:
-    """The data sets of a scenario, of ORIGINS; what cannot be downloaded first."""
-    if source == "ilsvrc":
-        return [target, "inception2"] if target in NATURAL else ["ilsvrc", "inception2"]
-    return [source, *[target] * (target in NATURAL), *["bsds500"] * (target == "mnist-m")]
+    """The data sets of a scenario, of ORIGINS."""
+    names = [source, *[target] * (target in NATURAL), *["bsds500"] * (target == "mnist-m")]
+    return names[1:] if target in PACS else names
 
 
-def present(source: str, target: str, root: Path) -> dict[str, bool]:
-    """For each data set that a scenario needs: is it in `root`?"""
-    return {name: ORIGINS[name].there(root) for name in needs(source, target)}
+def present(names: list[str], root: Path) -> dict[str, bool]:
+    """For each of the data sets: is it in `root`?"""
+    return {name: ORIGINS[name].there(root) for name in names}
 
 
-def provide(source: str, target: str, root: Path, report: Report = lambda text: None) -> None:
-    """Download to `root` what a scenario needs and is not there. Raises DataError."""
-    if {"bsds500", "ilsvrc", *PACS} & set(needs(source, target)):
+def provide(names: list[str], root: Path, report: Report = lambda text: None) -> None:
+    """Download to `root` those data sets that are not there. Raises DataError."""
+    if {"bsds500", "ilsvrc", *PACS} & {*names}:
         _pillow()  # if it is missing, that is found before anything is downloaded
-    for name, there in present(source, target, root).items():
+    for name, there in present(names, root).items():
         if not there:
             ORIGINS[name].download(root, report)
 

@@ -1139,7 +1139,7 @@ def test_of_quickdraw_only_the_first_rows_are_downloaded(tmp_path, server, monke
     for name in shifts.QUICKDRAW:
         drawings = npy(rng.integers(0, 256, (300, 784), np.uint8))
         pages[f"/{name.replace(' ', '%20')}.npy"] = {"Accept-Ranges": "bytes"}, drawings
-    shifts.provide("quickdraw", "noisy", tmp_path)
+    shifts.provide(shifts.needs("quickdraw", "noisy"), tmp_path)
     assert {path.name for path in (tmp_path / "quickdraw").iterdir()} == {
         f"{name}.npy" for name in shifts.QUICKDRAW
     }
@@ -1201,7 +1201,7 @@ def test_cifar_is_downloaded_and_split_by_batches_without_deer(tmp_path, server,
     pages["/cifar.tar.gz"] = {}, body
     here = {"url": f"{url}/cifar.tar.gz", "md5": hashlib.md5(body).hexdigest()}
     monkeypatch.setitem(shifts.ORIGINS, "cifar", replace(shifts.ORIGINS["cifar"], **here))
-    shifts.provide("cifar", "noisy", tmp_path / "data")
+    shifts.provide(shifts.needs("cifar", "noisy"), tmp_path / "data")
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["cifar-10-batches-bin"]
     domain = shifts.load("cifar", None, tmp_path / "data")
@@ -1287,9 +1287,8 @@ def test_pacs_is_downloaded_without_persons_in_the_splits(tmp_path, server, monk
     for name in shifts.PACS:
         here = {"url": f"{url}/pacs.zip", "count": 70 if name == target else 0}
         monkeypatch.setitem(shifts.ORIGINS, name, replace(shifts.ORIGINS[name], **here))
-    (tmp_path / "inception2.npz").touch()
-    shifts.provide("ilsvrc", target, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["inception2.npz", "pacs"]
+    shifts.provide(shifts.needs("ilsvrc", target), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pacs"]
     seen = []
     domain = shifts.load("ilsvrc", target, tmp_path, lambda *a: seen.append(a))
     assert seen[-1] == ("reading images of the test split, 0 of 12",)
@@ -1309,7 +1308,7 @@ def test_pacs_is_downloaded_without_persons_in_the_splits(tmp_path, server, monk
 def test_ilsvrc_has_to_be_put_there(tmp_path):
     pytest.importorskip("PIL")
     with pytest.raises(shifts.MissingError, match="cannot be downloaded freely.*<wnid>/"):
-        shifts.provide("ilsvrc", "yuv", tmp_path)
+        shifts.provide(shifts.needs("ilsvrc", "yuv"), tmp_path)
     for names in (["n01440764"], map(str, range(1000))):  # too few, and others than WordNet's
         for name in names:
             (tmp_path / "ilsvrc" / "val" / name).mkdir(parents=True)
@@ -1349,13 +1348,13 @@ def test_mnist_is_downloaded_where_it_is_missing(tmp_path, mnist, server, monkey
     }
     monkeypatch.setitem(shifts.ORIGINS, "mnist", shifts.Files(f"{url}/", sums))
     expected = shifts.load("mnist", None, mnist)["pool"][0]
-    shifts.provide("mnist", "blurry", tmp_path / "new")
+    shifts.provide(shifts.needs("mnist", "blurry"), tmp_path / "new")
     downloaded = shifts.load("mnist", None, tmp_path / "new")
     assert torch.equal(downloaded["pool"][0], expected)
     assert len(list((tmp_path / "new" / "mnist").iterdir())) == 4
     pages["/t10k-images-idx3-ubyte.gz"] = {}, b"another file"
     with pytest.raises(shifts.MissingError, match="its MD5 is"):
-        shifts.provide("mnist", "blurry", tmp_path / "wrong")
+        shifts.provide(shifts.needs("mnist", "blurry"), tmp_path / "wrong")
 
 
 def photo_archive():
@@ -1370,16 +1369,22 @@ def test_photos_are_downloaded_and_unpacked(mnist, server, monkeypatch):
     for count in (200, 2):
         here = replace(shifts.ORIGINS["bsds500"], url=f"{url}/bsds.tgz", count=count)
         monkeypatch.setitem(shifts.ORIGINS, "bsds500", here)
-        assert shifts.present("mnist", "mnist-m", mnist) == {"mnist": True, "bsds500": False}
+        assert shifts.present(shifts.needs("mnist", "mnist-m"), mnist) == {
+            "mnist": True,
+            "bsds500": False,
+        }
         if count == 200:
             with pytest.raises(shifts.MissingError, match="2 of 200 files"):
-                shifts.provide("mnist", "mnist-m", mnist)
-    shifts.provide("mnist", "mnist-m", mnist)
+                shifts.provide(shifts.needs("mnist", "mnist-m"), mnist)
+    shifts.provide(shifts.needs("mnist", "mnist-m"), mnist)
     digits = shifts.load("mnist", None, mnist)["test"][0]
     x, _ = shifts.load("mnist", "mnist-m", mnist)["test"]
     mean = 350 / 3  # of the photos' colour (200, 100, 50), on which digits are inverted
     assert (x - torch.where(digits > 0, 255 - mean, mean)).abs().max() <= 2  # JPEG rounds
-    assert shifts.present("mnist", "mnist-m", mnist) == {"mnist": True, "bsds500": True}
+    assert shifts.present(shifts.needs("mnist", "mnist-m"), mnist) == {
+        "mnist": True,
+        "bsds500": True,
+    }
     assert sorted(path.name for path in mnist.iterdir()) == ["bsds500", "mnist"]
 
 
@@ -1397,7 +1402,7 @@ def test_without_pillow_nothing_is_downloaded(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     monkeypatch.setattr(shifts, "fetch", lambda *_: pytest.fail("downloads"))
     with pytest.raises(shifts.DataError, match="pip install pillow"):
-        shifts.provide("mnist", "mnist-m", tmp_path)
+        shifts.provide(shifts.needs("mnist", "mnist-m"), tmp_path)
 
 
 # ---------------------------------------------------------------- built-in digits
@@ -1731,7 +1736,7 @@ def test_a_validation_comes_after_the_authors_steps(source):
     pair, settings = ("mnist", "blurry"), Settings(batch_size=16, device="cpu")
     x, y = torch.zeros(3000, 3, 8, 8, dtype=torch.uint8), torch.arange(3000) % 4
     for ratio, count in ((3, 4), (300, 300)):  # 20 steps of a batch; 500 of 19
-        run = run_all.Run(pair, ratio, Path("data"), 0, settings, ())
+        run = run_all.Run(pair, ratio, Path("data"), 0, settings, (), run_all.SCENARIOS[pair])
         task = run.task(source, {"pool": (x, y), "val": (x[:4], y[:4])})
         assert len(task.train[1]) == count
         assert task.settings.check_every == {3: 20, 300: round(500 / 19)}[ratio]
@@ -1774,9 +1779,12 @@ def test_the_figures_of_the_paper():
         source, target = name.lower().split("/") if "/" in name else ("ilsvrc", name.lower())
         names = columns if "/" in name else [column for column in columns if column != "ft-fc-2"]
         for method, figure in zip(names, figures, strict=True):
-            assert run_all.paper(source, target, int(ratio), method) == float(figure), line
+            scenario = source, target, int(ratio), "real", run_all.SCENARIOS[source, target].network
+            assert run_all.paper(scenario, method) == float(figure), line
+            for other in ("built-in", *scenario[4:]), ("real", "mine"):
+                assert run_all.paper((*scenario[:3], *other), method) is None
     assert len(run_all.PUBLISHED) == 9 * 6 + 12 * 7 + 5 * 6 and len(run_all.TARGETS) == 20
-    assert run_all.paper("cifar", "blurry", 2, "flex") is None
+    assert run_all.paper(("cifar", "blurry", 2, "real", "7-layer"), "flex") is None
     table_4 = dict(zip(("yuv", "hsv", "art", "cartoon", "sketch"), zip(
         (0.80, 0.47, 0.66, 0.53, 0.39),  # ft-fc
         (0.75, 0.52, 0.80, 0.83, 0.85),  # ft-all
@@ -1785,16 +1793,24 @@ def test_the_figures_of_the_paper():
     assert run_all.TABLE_4 == table_4 and run_all.RETRIEVAL == ("ft-fc-1", "ft-all", "flex")
 
 
-def test_the_supplement_ranks_each_unit_once_at_each_ratio():
+def test_the_supplement_has_each_unit_once_at_each_ratio():
     for (source, target), family in run_all.SCENARIOS.items():
+        assert len(run_all.TARGETS[source, target][1]) == 2 * len(family.ratios)
+        units = {"4-layer": 4, "7-layer": 7, "Inception2": 13}[family.network]
         for method in ("fast-flex", "faster-flex"):
             for ratio in family.ratios:
-                order = run_all.supplement(source, target, ratio, method)
-                units = len(run_all.unit_names((source, target)))
-                assert sorted(order) == list(range(units + 1))  # 0 is the source network itself
-            assert run_all.supplement(source, target, 7, method) == []
-        assert len(run_all.TARGETS[source, target][1]) == 2 * len(family.ratios)
-    assert run_all.supplement("ilsvrc", "art", 2, "faster-flex")[:4] == [3, 10, 13, 0]
+                scenario = source, target, ratio, "real", family.network
+                order = run_all.supplement(scenario, method)
+                assert len(order) >= 4 and len({*order}) == len(order) and max(order) <= units
+            assert run_all.supplement((source, target, 7, "real", family.network), method) == []
+    art = "ilsvrc", "art", 2, "real", "Inception2"  # 0, the source itself, is left out
+    assert run_all.supplement(art, "faster-flex") == [3, 10, 13, 1]
+    assert run_all.supplement(("mnist", "blurry", 3, "real", "4-layer"), "fast-flex") == [
+        3,
+        4,
+        1,
+        2,
+    ]
 
 
 def test_every_method_on_inception2(quick, capsys):
@@ -1807,6 +1823,7 @@ def row(method, seed, val, source=0.5, **more):
     scenario = {"source": "mnist", "target": "blurry", "ratio": 30, "images": 300, "data": "real"}
     result = {"method": method, "seed": seed, "val": val, "test": val, "history": [(0, source)]}
     other = {"network": "4-layer", "settings": {"top_k": 1}, "diverged": False, "tied": []}
+    other["names"] = ["conv1", "conv2", "fc1", "fc2"]
     return scenario | result | other | {"units": [1], "epochs": 10, "seconds": 1.0} | more
 
 
@@ -1826,10 +1843,9 @@ def test_the_tables_mark_what_a_reader_should_know(capsys):
     run_all.print_scenario(scenario, methods)
     lines = capsys.readouterr().out.splitlines()
     table = {line.split("  ")[0]: line for line in lines}
-    assert "0.500 \u00b1 0.141  0.500 \u00b1 0.141" in table["ft-all*"]
-    assert table["ft-ss!"].endswith("0.928")
-    assert "* worse on the validation set than the source network, in a run or more" in lines
-    assert "! diverged, in a run or more: its network is from before that" in lines
+    assert "0.500 \u00b1 0.141  0.500 \u00b1 0.141" in table["ft-all"]
+    assert table["ft-all"].endswith("below the source")  # in one of the two runs
+    assert "0.928" in table["ft-ss"] and table["ft-ss"].endswith("diverged")
     assert "0.900 " in table["1 conv1"]  # tuned in one of the two runs
     assert table["1 conv1"].endswith("faster-flex (1 of 2)")
     assert table["all"].split() == ["all", "-", "-", "-", "-"]  # one epoch of all is not ft-all
@@ -1876,11 +1892,10 @@ def test_table_1_is_measured_and_computed(capsys):
     assert table["flex"] == ["16.0", "16.0", "60.0"]  # 4 * 10 * 0.2 + 20 * 0.4
     assert table["ft-fc-1"] == ["2.0", "3.0", "5.0"]
     assert "fast-flex" not in table
-    # The mean of the scenarios, of each the mean of its runs.
     more = [row | {"ratio": 3, "seed": seed, "epochs": 45} for row in rows for seed in (1, 2, 3)]
     lines = printed(capsys, run_all.print_table_1, rows + more)
     table = {line.split()[0]: line.split()[-3:] for line in lines if " c_" in line}
-    assert table["ft-fc-1"] == ["2.0", "3.0", "25.0"]
+    assert table["ft-fc-1"] == ["2.0", "3.0", "35.0"]  # the mean of all runs
     assert printed(capsys, run_all.print_table_1, rows[1:])[-1] == "needs the results of flex"
 
 
@@ -1900,14 +1915,14 @@ def test_table_3_has_the_papers_figures_stars_and_differences(capsys):
     assert gap.split() == gaps.split()
     best = "best in how many of 1 scenarios, ties counting for each: flex 1 (paper, of 72: "
     assert any(line.startswith(best) for line in lines)
-    for other in ({"ratio": 300}, {"data": "built-in"}):
+    for other in ({"ratio": 300}, {"data": "built-in"}, {"network": "mine"}):
         changed = [row | other for row in rows]
         lines = printed(capsys, run_all.print_table_3, changed)
         assert not any(line.startswith(("paper", "difference")) for line in lines)
     partly = [row for row in rows if row["method"] != "ft-ss"]  # not all baselines, no stars
     assert "*" not in printed(capsys, run_all.print_table_3, partly)[4]
     # The paper's own stars: all three methods on HSV, whose Inception2 has no ft-fc-2.
-    hsv = {"source": "ilsvrc", "target": "hsv", "ratio": 12}
+    hsv = {"source": "ilsvrc", "target": "hsv", "ratio": 12, "network": "Inception2"}
     lines = printed(capsys, run_all.print_table_3, [row | hsv for row in rows])
     figures = "paper 0.384 0.856* 0.856* 0.856* 0.533 0.646 0.687"
     assert next(line for line in lines if line.startswith("paper")).split() == figures.split()
@@ -1924,8 +1939,8 @@ def test_table_3_counts_the_first_proxies_that_are_the_supplements(capsys):
         near | {"method": "faster-flex", "target": "occluded"},
     ]
     lines = printed(capsys, run_all.print_table_3, rows)
-    assert "fast-flex: the best proxy is that of the supplement in 1 of 2" in lines
-    assert "faster-flex: the best proxy is that of the supplement in 0 of 1" in lines
+    assert "fast-flex: the best proxy is the supplement's in 1 of 2" in lines
+    assert "faster-flex: the best proxy is the supplement's in 0 of 1" in lines
     run_all.print_scenario(*next(iter(run_all.grouped(rows).items())))
     out = capsys.readouterr().out
     first = "best proxies of fast-flex in the paper's supplement: 3 fc1, 2 conv2, 4 fc2, 1 conv1"
@@ -1957,13 +1972,12 @@ def test_certainty_is_printed_with_the_choice(capsys):
 
     rows = [flex_row(0, TESTS, "2", certainty=sure)]
     out = shown(rows)
-    assert "flex: 2 conv2 leads all by 0.018 \u00b1 0.004\n" in out
-    assert "with probability 95%, all are within 0.023" in out
-    rows.append(flex_row(1, TESTS, "2", certainty=sure | {"lead": 0.020}))
-    rows.append(flex_row(2, TESTS, "3", tied=["3", "4"], certainty=sure | {"runner_up": "4"}))
+    assert "flex's choice leads the next by 0.018 \u00b1 0.004 on the validation set (there," in out
+    assert "with probability 95%, all are within 0.023)" in out and "tied" not in out
+    rows.append(flex_row(1, TESTS, "3", tied=["3", "4"], certainty=sure | {"lead": 0.020}))
     out = shown(rows)
-    assert "flex: 2 conv2 leads all by 0.019 \u00b1 0.004 in 2 of 3 runs" in out
-    assert "flex: 3 fc1 leads 4 fc2 by 0.018 \u00b1 0.004 in 1 of 3 runs; tied in 1: " in out
+    assert "leads the next by 0.019 \u00b1 0.004" in out
+    assert "it is tied in 1 of 2 runs: the smallest unit is taken" in out
 
 
 def test_retrieval_for_pacs_is_in_all_of_ilsvrc_by_the_classes_of_the_head(monkeypatch, tmp_path):
@@ -2023,7 +2037,8 @@ def test_image_to_image_retrieval_and_figures(quick, capsys, monkeypatch):
         if row["method"] == "flex-i2i":
             assert row["candidates"].keys() == {"1", "2", "3", "4", "all", "0"}
     drawn = {"figure-2.png", "figure-3.png"}
-    drawn |= {f"figure-1-mnist-{target}-built-in.png" for target in ("blurry", "transform-fixed")}
+    targets = ("blurry", "transform-fixed")
+    drawn |= {f"figure-1-mnist-{target}-4-layer-built-in.png" for target in targets}
     assert {path.name for path in Path("new/figures").iterdir()} == drawn
     shutil.rmtree("new")
     monkeypatch.setattr(run_all, "execute", lambda *_: pytest.fail("runs"))
@@ -2076,16 +2091,17 @@ def test_two_ranks_and_a_killed_sweep_end_with_the_same_table(tmp_path, monkeypa
         json.loads(path.read_text())
 
 
-def test_each_network_is_trained_once_and_charged_to_each_method(quick, monkeypatch):
-    quick("--source mnist --target blurry --ratio 30 --runs 1 --data builtin --methods source")
-    trained = []
-    monkeypatch.setattr(flextune, "Result", lambda *a, **b: trained.append(a) or Result(*a, **b))
+def test_each_network_is_trained_once_and_charged_to_each_method(quick):
     quick("--source mnist --target blurry --ratio 30 --runs 1 --data builtin")
-    assert len(trained) == 8  # units 1 to 4, 3 and 4, the scales, all, and all for an epoch
     by = {row["method"]: row for row in results()}
     candidates = by["flex"]["candidates"]
     assert by["flex"]["epochs"] == sum(one["epochs"] for one in candidates.values())
-    assert by["ft-all"]["epochs"] == candidates["all"]["epochs"]
+    for one, other in (
+        (by["ft-all"], candidates["all"]),
+        (by["ft-fc-1"], candidates["4"]),
+        (by["fast-flex"]["candidates"]["all"], candidates["all"]),
+    ):
+        assert one["seconds"] == other["seconds"] and one["history"] == other["history"]
 
 
 ONE = "--source mnist --target blurry --ratio 30 --runs 1 --data builtin"
@@ -2188,7 +2204,7 @@ def test_benchmark(quick, capsys):
         (f"{ONE} --save /dev/full", "--save: name a file"),
         (f"{ONE} --runs 2 --save net.pt", "--save: name a file, and one --target"),
         (f"{ONE} --cache-gib -1", "--cache-gib: must be a whole number from 0"),
-        (f"{ONE} --device cuda:99", "--device cuda:99"),
+        (f"{ONE} --device cuda:99", "argument --device: "),
         ("--methods flexing", "invalid choice: 'flexing'"),
     ],
 )
