@@ -9,7 +9,7 @@ This file needs PyTorch alone, so it can be copied into any project:
 
 The network N = N_L o ... o N_1 is an `nn.Sequential` whose children are its units, numbered 1 to L
 from the input. It gives logits [N, classes]. x [N, ...] is uint8 (enters the network as x / 255),
-float, or int64 tokens; y is int64 [N]. No function changes what it is given, and a network keeps its
+float, or int64 tokens; y is int64 [N]. No function changes what it is given. A network keeps its
 memory layout: for convolutions `net.to(memory_format=torch.channels_last)` is the faster one.
 Training seeds PyTorch's global random generators and puts their state back: another thread sees
 that. Whatever cannot be worked with is a ValueError.

@@ -279,7 +279,7 @@ def _zero(layer: nn.Module) -> nn.Module:
 TENSORNETS = "0476b876a5d35a99e2747f98248d856d"  # the MD5 of their inception2.npz
 
 
-class WeightsError(Exception):
+class WeightsError(ValueError):
     """A file of weights that cannot be used; the message says in a line what is wrong."""
 
 

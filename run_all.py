@@ -79,6 +79,7 @@ TARGETS = {  # (source, target): (accuracy, orders)
     for source, target, figure, *orders in map(str.split, TARGETS.strip().splitlines())
 }
 SELECTIONS = ("flex", "fast-flex", "faster-flex")
+PROXIES = SELECTIONS[1:]  # the methods that look at proxies
 BASELINES = ("ft-fc-1", "ft-fc-2", "ft-ss", "ft-all")
 # Test accuracies of Table 3.
 PUBLISHED = """ratio  flex  fast  faster  fc-1  fc-2  ss  all
@@ -128,13 +129,8 @@ TALLY = "flex 60, fast-flex 41, ft-all 26"  # of 72, section 5.2
 def paper(scenario: tuple, method: str) -> float | None:
     """The test accuracy that the paper published for a scenario (see `grouped`), if it did."""
     source, target, ratio, *_ = scenario
-    if not comparable(scenario):
-        return None
-    return (
-        TARGETS[source, target][0]
-        if method == "source"
-        else PUBLISHED.get((source, target, ratio, method))
-    )
+    figures = PUBLISHED | {(source, target, ratio, "source"): TARGETS[source, target][0]}
+    return figures.get((source, target, ratio, method)) if comparable(scenario) else None
 
 
 def supplement(scenario: tuple, method: str) -> list[int]:
@@ -164,12 +160,10 @@ class Family:
     network: str
     build: Callable[[], nn.Sequential]
     ratios: tuple[int, ...]  # images per class, about; the largest is the whole pool
-    lr: float
+    tuning: Settings  # but for what depends on the ratio and on the command line
     steps: tuple[tuple[int, int, int], ...]  # see MNIST_STEPS
     pretraining: Settings
     epochs: int | None = None  # of the pretraining: the last state; None: the best one
-    top_k: int = 1
-    patience: int = 5  # ours: the authors end at the first validation that is worse by .0025 (.025)
     weights: Callable[[Path], nn.Sequential] | None = None  # of real data: the pretrained network
     head: Callable[[nn.Sequential], nn.Sequential] = copy.copy  # what becomes of its last layer
     built_in: dict = field(default_factory=dict)  # what is other on built-in data
@@ -179,6 +173,9 @@ class Family:
         return self.steps[max(sum(ratio >= other for other in self.ratios) - 1, 0)]
 
 
+# When a training ends is ours (Settings.patience): the authors' ends at the first validation that is
+# worse than the one before by .0025 (PACS .025), and its last state is kept.
+#
 # By ratio, the smallest first: images per step, most epochs, steps from one validation to the next.
 MNIST_STEPS = ((16, 1000, 20), (32, 500, 50), (32, 100, 500), (32, 25, 4000))  # authors' code
 PACS_STEPS = ((8, 2000, 100), (8, 1000, 150), (8, 150, 800))  # authors' code
@@ -187,7 +184,7 @@ MNIST = Family(
     network="4-layer",
     build=models.mnist_net,
     ratios=(3, 30, 300, 3000),
-    lr=1e-4,  # authors' code; section 5.1 has 1e-3
+    tuning=Settings(lr=1e-4),  # authors' code; section 5.1 has 1e-3
     steps=MNIST_STEPS,
     pretraining=Settings(lr=1e-4, batch_size=50),  # authors' code
     epochs=13,  # authors' code: 12.5, that is 6,250 steps
@@ -197,7 +194,7 @@ CIFAR = Family(
     network="7-layer",
     build=models.cifar_net,
     ratios=(2, 20, 200, 2000),
-    lr=1e-3,  # section 5.1; the authors' code does not say
+    tuning=Settings(lr=1e-3),  # section 5.1; the authors' code does not say
     steps=MNIST_STEPS,  # not published: MNIST's
     pretraining=Settings(lr=1e-3, batch_size=50, max_epochs=50, check_every=3, patience=3),
     built_in={
@@ -211,12 +208,11 @@ ILSVRC = Family(
     # On built-in data a narrow network, pretrained on small images.
     build=partial(models.inception2, classes=6, width=0.25),
     ratios=(2, 12, 25),
-    lr=1e-4,  # section 5.1
+    tuning=Settings(lr=1e-4, top_k=5),  # section 5.1
     steps=PACS_STEPS,  # not published: those of PACS
     pretraining=Settings(lr=1e-3, max_epochs=9, check_every=1, batch_statistics=True),
-    top_k=5,
     weights=lambda root: models.load_inception2(root / "inception2.npz"),
-    built_in={"lr": 1e-3, "steps": ((32, 300, 20),) * 3, "patience": 3, "top_k": 1},
+    built_in={"tuning": Settings(lr=1e-3, patience=3), "steps": ((32, 300, 20),) * 3},
 )
 QUICKDRAW = replace(
     CIFAR,
@@ -224,13 +220,11 @@ QUICKDRAW = replace(
     build=partial(models.cifar_net, channels=1),
     built_in=CIFAR.built_in | {"build": partial(models.cifar_net, channels=1, width=0.25)},
 )
-PACS = replace(ILSVRC, ratios=(2, 20, 200), top_k=1, head=models.pacs_head)
-SCENARIOS = {
-    (source, target): PACS
-    if target in shifts.PACS
-    else {"mnist": MNIST, "cifar": CIFAR, "quickdraw": QUICKDRAW, "ilsvrc": ILSVRC}[source]
-    for source, target in TARGETS
-}
+PACS = replace(  # authors' code
+    ILSVRC, ratios=(2, 20, 200), tuning=Settings(lr=1e-4), head=models.pacs_head
+)
+FAMILIES = {family.source: family for family in (MNIST, CIFAR, QUICKDRAW, ILSVRC)}
+SCENARIOS = {pair: PACS if pair[1] in shifts.PACS else FAMILIES[pair[0]] for pair in TARGETS}
 
 
 # ---------------------------------------------------------------- methods
@@ -444,23 +438,18 @@ def write(path: Path, content: bytes) -> None:
 
 def read_row(path: Path) -> dict | None:
     """A result as it was written; None if there is none, or a broken one."""
-    try:
+    with contextlib.suppress(Exception):  # a broken file may raise anything
         row = json.loads(path.read_bytes())
         return row if row.pop("md5") == md5(json.dumps(row)) else None
-    except (OSError, ValueError, LookupError, AttributeError, RecursionError):
-        return None
 
 
 def read_network(path: Path) -> dict | None:
     """The state of a network as it was written; None if there is none, or a broken one."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            if any(part.compress_type != zipfile.ZIP_STORED for part in file.infolist()):
-                return None  # it may be any size when it is unpacked
-        kept = torch.load(path, weights_only=True)
-        return kept["net"] if kept["md5"] == md5(*kept["net"], *kept["net"].values()) else None
-    except Exception:  # noqa: BLE001 a broken file may raise anything
-        return None
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as file:
+        if all(part.compress_type == zipfile.ZIP_STORED for part in file.infolist()):
+            # None of it is larger when it is unpacked.
+            kept = torch.load(path, weights_only=True)
+            return kept["net"] if kept["md5"] == md5(*kept["net"], *kept["net"].values()) else None
 
 
 def execute(run: Run, net: nn.Sequential, domain, gallery, args, progress: Callable) -> None:
@@ -620,27 +609,16 @@ def print_columns(table: list[list[str]], left: int) -> None:
         print("  ".join(cells).rstrip())
 
 
-def named(unit: str, names: list[str]) -> str:
-    """A candidate by number and name."""
-    if unit in ("all", "0"):
-        return unit if unit == "all" else "0 image-to-image"
-    return f"{unit} {names[int(unit) - 1]}"
-
-
 def print_scenario(scenario: tuple, methods: dict[str, list[dict]]) -> None:
     """The tables of one scenario: its methods, its units, and how sure flex is."""
     source, target, ratio, data, _ = scenario
     rows = [row for mine in methods.values() for row in mine]
-    runs, names, top_k = (
-        len({row["seed"] for row in rows}),
-        rows[0]["names"],
-        rows[0]["settings"]["top_k"],
-    )
-    print(f"\n{source} -> {target}, ratio {ratio}: {rows[0]['images']} training images", end=", ")
-    print(f"{runs} run{'s' * (runs > 1)}, top-{top_k} accuracy\n{DATA[data]}")
-    table = [
-        ["method", "validation", "test", "epochs", "seconds", *["paper"] * comparable(scenario), ""]
-    ]
+    first, runs = rows[0], len({row["seed"] for row in rows})
+    numbered = {str(number): f"{number} {name}" for number, name in enumerate(first["names"], 1)}
+    print(f"\n{source} -> {target}, ratio {ratio}: {first['images']} training images", end=", ")
+    print(f"{runs} run{'s' * (runs > 1)}, top-{first['settings']['top_k']} accuracy\n{DATA[data]}")
+    head = ["method", "validation", "test", "epochs", "seconds"]
+    table = [[*head, *["paper"] * comparable(scenario), ""]]
     for method, mine in methods.items():
         worse = any(row["val"] < row["history"][0][1] for row in mine)  # in a run or more
         notes = ["below the source"] * worse + ["diverged"] * any(row["diverged"] for row in mine)
@@ -650,28 +628,27 @@ def print_scenario(scenario: tuple, methods: dict[str, list[dict]]) -> None:
         table.append([method, *accuracies, *costs, *theirs, ", ".join(notes)])
     print_columns(table, left=1)
     if any("candidates" in row for row in rows):
-        print_units(rows, names, runs)
-    for method in ("fast-flex", "faster-flex"):
+        print_units(rows, {"0": "0 image-to-image", **numbered, "all": "all"}, runs)
+    for method in PROXIES:
         if method in methods and (order := supplement(scenario, method)):
-            first = ", ".join(named(str(unit), names) for unit in order[:4])
-            print(f"best proxies of {method} in the paper's supplement: {first}, ...")
+            best = ", ".join(numbered[str(unit)] for unit in order[:4])
+            print(f"best proxies of {method} in the paper's supplement: {best}, ...")
     if flex := [row["certainty"] for row in methods.get("flex", ())]:
         lead, error, bound = (average(flex, name) for name in ("lead", "error", "bound"))
         ties = sum(len(row["tied"]) > 1 for row in methods["flex"])
         print(
-            f"flex's choice leads the next by {lead:.3f} \u00b1 {error:.3f} on the validation set",
-            end="",
+            f"flex's choice leads the next by {lead:.3f} \u00b1 {error:.3f}",
+            end=" on the validation ",
         )
-        print(f" (there, with probability 95%, all are within {bound:.3f})")
+        print(f"set (there, with probability 95%, all are within {bound:.3f})")
         if ties:
             print(f"it is tied in {ties} of {runs} runs: the smallest unit is taken")
 
 
-def print_units(rows: list[dict], names: list[str], runs: int) -> None:
+def print_units(rows: list[dict], candidates: dict[str, str], runs: int) -> None:
     """A line for each candidate: its accuracies, and which algorithms chose it (how often)."""
-    proxies = ("fast-flex", "faster-flex")
-    table = [["unit", "validation", "test", *(f"proxy ({m})" for m in proxies), "chosen by"]]
-    for unit in ("0", *map(str, range(1, len(names) + 1)), "all"):
+    table = [["unit", "validation", "test", *(f"proxy ({m})" for m in PROXIES), "chosen by"]]
+    for unit, name in candidates.items():
         # Algorithm 3 tunes all units for a single epoch: that is not ft-all.
         tuned = {
             row["seed"]: row["candidates"][unit]
@@ -679,19 +656,20 @@ def print_units(rows: list[dict], names: list[str], runs: int) -> None:
             if unit in row.get("candidates", ()) and (unit, row["method"]) != ("all", "faster-flex")
         }
         found = [[one[split] for one in tuned.values()] for split in ("val", "test")]
-        for method in proxies:
+        for method in PROXIES:
             mine = [row for row in rows if row["method"] == method]
             found.append([row["proxies"][unit] for row in mine if unit in row["proxies"]])
         chosen = Counter(row["method"] for row in rows if row.get("chosen") == unit)
         how_often = (m + f" ({n} of {runs})" * (runs > 1) for m, n in chosen.items())
         if unit != "0" or tuned:
-            table.append([named(unit, names), *map(mean, found), ", ".join(how_often)])
+            table.append([name, *map(mean, found), ", ".join(how_often)])
     print()
     print_columns(table, left=len(table[0]))
 
 
 # ---------------------------------------------------------------- the paper's tables
 
+SPENT = ("epochs", "seconds")
 FORMULAS = {  # Table 1, of L, E_one c_one, E_all c_all and c_all
     "flex": ("L E_one c_one + E_all c_all", lambda n, one, whole, epoch: n * one + whole),
     "fast-flex": ("E_one c_one + E_all c_all", lambda n, one, whole, epoch: one + whole),
@@ -709,24 +687,15 @@ def print_table_1(groups: Groups) -> None:
         if not pairs:
             print("needs the results of flex")
             continue
-        (e_one, one), (e_all, whole) = (
-            [average(mine, name) for name in ("epochs", "seconds")]
-            for mine in (
-                [result for unit, result in pairs if unit != "all"],
-                [result for unit, result in pairs if unit == "all"],
-            )
-        )
-        n, c_all = len(rows["flex"][0]["candidates"]) - 1, whole / e_all
+        ones, alls = ([one for unit, one in pairs if (unit == "all") == all_] for all_ in (0, 1))
+        e_one, one, e_all, whole = (average(a, b) for a in (ones, alls) for b in SPENT)
+        n, c_all = len(ones) // len(alls), whole / e_all
         print(f"L = {n}, E_one = {e_one:.1f} epochs, c_one = {one / e_one:.3f} s", end=", ")
         print(f"E_all = {e_all:.1f} epochs, c_all = {c_all:.3f} s")
-        table = [["method", "formula", "by formula, s", "measured, s", "epochs"]]
+        table = [["method", "formula", "by formula, s", "epochs", "measured, s"]]
         for method, (formula, cost) in FORMULAS.items():
             if mine := rows[method]:
-                costs = (
-                    cost(n, one, whole, c_all),
-                    average(mine, "seconds"),
-                    average(mine, "epochs"),
-                )
+                costs = cost(n, one, whole, c_all), *(average(mine, name) for name in SPENT)
                 table.append([method, formula, *(f"{cost:.1f}" for cost in costs)])
         print_columns(table, left=2)
 
@@ -737,27 +706,25 @@ def print_table_3(groups: Groups) -> None:
     for part in by_network(groups, "Table 3, test accuracy"):
         present = {method for methods in part.values() for method in methods}
         columns = [m for m in ("source", *SELECTIONS, *BASELINES) if m in present]
-        table, best, first = [["target, ratio", "runs", *columns]], Counter(), defaultdict(list)
+        table, best, first = [["target, ratio (runs)", *columns]], Counter(), defaultdict(list)
         for scenario, rows in part.items():
             source, target, ratio, *_ = scenario
             ours = {m: round(average(rows[m]), 3) for m in columns if m in rows}
             theirs = {m: a for m in columns if (a := paper(scenario, m))}
             runs = {m: [row["test"] for row in rows[m]] for m in ours}
             needed = {m for m in BASELINES if m != "ft-fc-2" or source != "ilsvrc"}
-            lines = {f"{target}, {ratio}": marked(ours, needed)}
+            lines = {f"{target}, {ratio} ({max(map(len, runs.values()))})": marked(ours, needed)}
             spread = {m: f"{statistics.stdev(a):.3f} " for m, a in runs.items() if len(a) > 1}
             lines |= {"  deviation": spread} if spread else {}
             if len(theirs) > 1:
                 common = ours.keys() & theirs.keys()
                 lines["  paper"] = marked(theirs, needed)
                 lines["  difference"] = {m: f"{ours[m] - theirs[m]:+.3f} " for m in common}
-            count = f"{max(map(len, runs.values()))}"
             for head, line in lines.items():
-                table.append([head, count, *(line.get(m, "") for m in columns)])
-                count = ""
+                table.append([head, *(line.get(m, "") for m in columns)])
             highest = max(a for m, a in ours.items() if m != "source" or len(ours) == 1)
             best.update(m for m in ours if ours[m] == highest)
-            for method in ("fast-flex", "faster-flex"):
+            for method in PROXIES:
                 order, sums = supplement(scenario, method), Counter()
                 for row in rows.get(method, ()):
                     sums.update(row["proxies"])
@@ -936,21 +903,18 @@ def literal(task: Task, units: list[int], epochs: int | None = None):
 def run_benchmark(runs: list[Run], args) -> None:
     """flex by the literal loop and by ours, by turns: what each takes and what it gives."""
     for run in runs:
-        net, domain, seconds = source_network(run, args), shifts.load(*run.pair, run.root), []
+        net, domain = source_network(run, args), shifts.load(*run.pair, run.root)
+        print(f"\n{run.title}, flex: seconds, and validation accuracies of the candidates")
         for _ in range(3):
             task, start = run.task(net, domain), time.perf_counter()
-            units = {unit: [unit] for unit in flextune.candidates(net)}
-            units["all"] = list(range(1, len(net) + 1))
-            theirs = {unit: literal(task, units[unit])[1] for unit in units}
+            units = *([unit] for unit in flextune.candidates(net)), [*range(1, len(net) + 1)]
+            theirs = [literal(task, mine)[1] for mine in units]
             middle = time.perf_counter()
-            ours = {unit: one.accuracy for unit, one in flextune.flex(task).tuned.items()}
-            seconds.append((middle - start, time.perf_counter() - middle))
-        print(f"\n{run.title}: flex, validation accuracies, and the median of 3 times")
-        table = [["", "seconds", *map(str, units)]]
-        for name, a, times in zip(("literal", "ours"), (theirs, ours), zip(*seconds)):
-            table.append([name, f"{statistics.median(times):.1f}", *(f"{a[u]:.4f}" for u in units)])
-        print_columns(table, left=1)
-        print(f"{statistics.median(long / short for long, short in seconds):.2f} times as fast")
+            ours = [one.accuracy for one in flextune.flex(task).tuned.values()]
+            times = middle - start, time.perf_counter() - middle
+            for name, seconds, all_ in zip(("literal", "ours"), times, (theirs, ours)):
+                print(f"{name:7} {seconds:8.1f} ", *(f"{a:.4f}" for a in all_))
+            print(f"{times[0] / times[1]:.2f} times as fast")
 
 
 # ---------------------------------------------------------------- command line
@@ -958,13 +922,9 @@ def run_benchmark(runs: list[Run], args) -> None:
 TABLES = {1: print_table_1, 3: print_table_3, 4: print_table_4}
 
 
-class UsageError(Exception):
-    """What is asked for cannot be; the message says in a line what to do."""
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UsageError(f"{message}; see --help")
+        raise ValueError(f"{message}; see --help")
 
 
 def whole(text: str, least: int = 1) -> int:
@@ -982,7 +942,7 @@ def device(text: str) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sources, zero = [*dict.fromkeys(source for source, _ in SCENARIOS)], partial(whole, least=0)
+    (sources, targets), zero = map(dict.fromkeys, zip(*SCENARIOS)), partial(whole, least=0)
 
     def add(name, help, **options):
         if options:
@@ -990,7 +950,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.add_argument(name, help=help, **options or {"action": "store_true"})
 
     add("--source", f"default: that of the targets; {' '.join(sources)}", choices=sources)
-    add("--target", "target domains (--list); default: all", nargs="+")
+    add("--target", "target domains (--list); default: all", nargs="+", choices=targets)
     add("--ratio", "images per class, about; default: all", nargs="+", type=whole)
     add("--methods", f"default: all, {' '.join(METHODS)}", nargs="+", choices=METHODS)
     add("--runs", "draws of the images; default: 20 at the smallest ratio, else 1", type=whole)
@@ -998,62 +958,50 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--source-networks", "that the runs take by turns; default: 1", type=whole, default=1)
     add("--max-epochs", "end every fine-tuning after so many epochs", type=whole)
     add("--bfloat16", "fine-tune with bfloat16 products, faster where there are units for them")
-    cache = "memory for the frozen units' outputs, which run again beyond it; default: 2"
-    add("--cache-gib", cache, type=zero, default=2)
+    add("--cache-gib", "memory for outputs of frozen units; default: 2", type=zero, default=2)
     add("--image-to-image", "flex also with an image-to-image unit before the network")
-    tables = "of the paper: 1, 3, 4; default: 3 where no --target is given"
-    add("--table", tables, nargs="+", type=int, choices=TABLES, default=[])
+    add("--table", "default: 3, if no --target", nargs="+", type=int, choices=TABLES, default=[])
     add("--figures", "folder to draw the paper's figures in (needs matplotlib)", type=Path)
     add("--data", "folder of real data, or builtin; default: data/, else built-in", type=str)
     add("--device", "cpu, cuda or cuda:N; default: CUDA where there is one", type=device)
     add("--out", "folder of the results; default: results", type=Path, default=Path("results"))
-    save = "train, and write here the network that flex chose (or the last method); for one run"
-    add("--save", save, type=Path)
+    add("--save", "train, and write the network of flex, or else the last method", type=Path)
     add("--list", "show all scenarios, and their data")
     add("--benchmark", "time flex against the literal algorithm")
     return parser.parse_args(argv)
 
 
 def scenarios(args) -> list[tuple[str, str]]:
-    """The (source, target) pairs asked for. Raises UsageError."""
+    """The (source, target) pairs asked for. Raises ValueError."""
     pairs = [pair for pair in SCENARIOS if args.source in (None, pair[0])]
     for name in args.target or ():
         sources = [source for source, target in pairs if target == name]
         if not sources:
-            known = ", ".join(dict.fromkeys(target for _, target in pairs))
-            raise UsageError(f"unknown target {name}: choose from {known}")
+            raise ValueError(f"{args.source} has no target {name}: see --list")
         if len(sources) > 1 and not args.list:
-            raise UsageError(f"target {name} needs --source: {' or '.join(sources)}")
+            raise ValueError(f"target {name} needs --source: {' or '.join(sources)}")
     pairs = [pair for pair in pairs if not args.target or pair[1] in args.target]
     for pair in pairs:
         largest = SCENARIOS[pair].ratios[-1]
         if max(args.ratio or [0]) > largest:
-            raise UsageError(f"--ratio: the largest of {' -> '.join(pair)} is {largest}")
+            raise ValueError(f"--ratio: the largest of {' -> '.join(pair)} is {largest}")
     if args.data not in (None, "builtin") and not Path(args.data or "-").is_dir():
-        raise UsageError(f"--data: there is no folder {args.data}; for the drawn images: builtin")
+        raise ValueError(f"--data: there is no folder {args.data}; for the drawn images: builtin")
     return pairs
-
-
-def check_outputs(args, runs: int) -> None:
-    """What cannot be written is better found now than after the training. Raises UsageError."""
-    if args.save and (runs > 1 or args.save.exists() and not args.save.is_file()):
-        raise UsageError("--save: name a file, and one --target, one --ratio and --runs 1")
-    if args.figures and not find_spec("matplotlib"):
-        raise UsageError("--figures needs matplotlib: pip install matplotlib")
-    for folder in filter(None, (args.out, args.figures, args.save and args.save.parent)):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
 
 
 def print_scenarios(pairs: list[tuple[str, str]], data: str | None) -> None:
     table = [["source", "network", "target", "ratios", "accuracy", "data"]]
     for pair in pairs:
-        family, there = SCENARIOS[pair], {"built-in images": True}
+        family, found = SCENARIOS[pair], ["built-in images"]
         if data != "builtin":
-            there = shifts.present(needed(pair, family), Path(data or "data"))
-        found = ", ".join(f"{what} {'there' if is_ else 'missing'}" for what, is_ in there.items())
-        top_k, ratios = 1 if data == "builtin" else family.top_k, " ".join(map(str, family.ratios))
-        table.append([pair[0], family.network, pair[1], ratios, f"top-{top_k}", found])
+            there = {
+                name: shifts.ORIGINS[name].there(Path(data or "data"))
+                for name in needed(pair, family)
+            }
+            found = (f"{name} {'there' if is_ else 'missing'}" for name, is_ in there.items())
+        top_k, ratios = family.tuning.top_k, " ".join(map(str, family.ratios))
+        table.append([pair[0], family.network, pair[1], ratios, f"top-{top_k}", ", ".join(found)])
     print_columns(table, left=len(table[0]))
 
 
@@ -1091,12 +1039,10 @@ def runs_of(pair: tuple[str, str], root: Path | None, args) -> list[Run]:
     for ratio in sorted(set(args.ratio or family.ratios)):
         batch_size, most, _ = family.protocol(ratio)
         for number in range(args.runs or (20 if ratio == family.ratios[0] else 1)):
-            settings = Settings(
-                lr=family.lr,
+            settings = replace(
+                family.tuning,
                 batch_size=batch_size,
                 max_epochs=min(most, args.max_epochs or most),
-                patience=family.patience,
-                top_k=family.top_k,
                 seed=args.seed + number,
                 device=args.device,
                 cache_bytes=args.cache_gib << 30,
@@ -1120,7 +1066,15 @@ def missing(run: Run, args) -> tuple[str, ...]:
 
 def run_scenarios(pairs: list[tuple[str, str]], args) -> None:
     """Run what has no result yet, in this rank's share, and show all results."""
-    check_outputs(args, sum(len(runs_of(pair, None, args)) for pair in pairs))
+    # What cannot be written is better found now than after the training.
+    runs = [run for pair in pairs for run in runs_of(pair, None, args)]
+    if args.save and (len(runs) > 1 or args.save.exists() and not args.save.is_file()):
+        raise ValueError("--save: name a file, and one --target, one --ratio and --runs 1")
+    if args.figures and not find_spec("matplotlib"):
+        raise ValueError("--figures needs matplotlib: pip install matplotlib")
+    for folder in filter(None, (args.out, args.figures, args.save and args.save.parent)):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     if RANK:
         reached("planned", range(1))
     runs = plan(pairs, args)
@@ -1185,14 +1139,14 @@ def main(argv: list[str] | None = None) -> None:
             print_scenarios(pairs, args.data) if args.list else run_scenarios(pairs, args)
         if sys.stdout is not None:
             sys.stdout.flush()  # what cannot be printed is found here
-    except (UsageError, shifts.DataError, models.WeightsError, OSError) as error:
-        problem = f"error: {error}"
     except KeyboardInterrupt:
         status, problem = 130, "interrupted; finished runs are in the folder of results"
-    except (MemoryError, RuntimeError, ValueError) as error:  # torch has several errors for it
-        if not re.search("out ?of ?memory|allocate|MemoryError", f"{error!r}"):
+    except (OSError, MemoryError, RuntimeError, ValueError) as error:
+        problem = f"error: {error}"
+        if re.search("out ?of ?memory|allocate|MemoryError", repr(error)):  # torch has several
+            problem = f"error: out of memory: try less than --cache-gib {args.cache_gib}"
+        elif type(error) is RuntimeError:
             raise
-        problem = f"error: out of memory: try less than --cache-gib {args.cache_gib}"
     if problem:
         flextune.show("")
         print(f"run_all.py: {problem}", file=sys.stderr)

@@ -42,7 +42,7 @@ Data = tuple[torch.Tensor, torch.Tensor]
 Report = Callable[[str], None]  # what is being done
 
 
-class DataError(Exception):
+class DataError(ValueError):
     """Data that cannot be used; the message says in a line what is wrong and what to do."""
 
 
@@ -67,17 +67,12 @@ def needs(source: str, target: str) -> list[str]:
     return names[1:] if target in PACS else names
 
 
-def present(names: list[str], root: Path) -> dict[str, bool]:
-    """For each of the data sets: is it in `root`?"""
-    return {name: ORIGINS[name].there(root) for name in names}
-
-
 def provide(names: list[str], root: Path, report: Report = lambda text: None) -> None:
     """Download to `root` those data sets that are not there. Raises DataError."""
     if {"bsds500", "ilsvrc", *PACS} & {*names}:
         _pillow()  # if it is missing, that is found before anything is downloaded
-    for name, there in present(names, root).items():
-        if not there:
+    for name in names:
+        if not ORIGINS[name].there(root):
             ORIGINS[name].download(root, report)
 
 
@@ -486,10 +481,7 @@ def _members(path: Path) -> Iterator[tuple[str, BinaryIO]]:
                     raise ValueError("it is compressed in a way that knows no bounds")
                 yield member.filename, file.open(member)
     else:
-        with (
-            gzip.open(path) as content,
-            tarfile.open(fileobj=_Bounded(content), mode="r|") as tar,
-        ):
+        with gzip.open(path) as file, tarfile.open(fileobj=_Bounded(file), mode="r|") as tar:
             yield from ((member.name, tar.extractfile(member)) for member in tar if member.isfile())
 
 
