@@ -202,7 +202,9 @@ def _convs(inputs: int, widths: list[int], stride: int) -> nn.Sequential:
 def pacs_head(net: nn.Sequential) -> nn.Sequential:
     """A copy with the six classes of PACS alone, each a row of its last layer, which is ILSVRC's."""
     net, rows = copy.deepcopy(net), list(PACS_ROWS.values())
-    last = [layer for layer in net.modules() if isinstance(layer, nn.Linear)][-1]
+    *_, last = [None] + [layer for layer in net.modules() if isinstance(layer, nn.Linear)]
+    if last is None or last.out_features != 1000:
+        raise ValueError("the last layer of the network must be a linear one of 1000 classes")
     last.weight, last.bias = (nn.Parameter(old.detach()[rows]) for old in (last.weight, last.bias))
     last.out_features = len(rows)
     return net

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import runpy
 import statistics
 import sys
 import tempfile
@@ -940,6 +941,15 @@ def device(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from error
 
 
+def network(text: str) -> tuple[str, Callable[[], nn.Sequential]]:
+    """The name and the function of FILE:FUNCTION."""
+    file, _, function = text.rpartition(":")
+    try:
+        return f"{Path(file).stem}:{function}", runpy.run_path(file)[function]
+    except Exception as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error!r}, not FILE.py:FUNCTION") from error
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     (sources, targets), zero = map(dict.fromkeys, zip(*SCENARIOS)), partial(whole, least=0)
@@ -959,6 +969,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--max-epochs", "end every fine-tuning after so many epochs", type=whole)
     add("--bfloat16", "fine-tune with bfloat16 products, faster where there are units for them")
     add("--cache-gib", "memory for outputs of frozen units; default: 2", type=zero, default=2)
+    add("--network", "FILE.py:FUNCTION that gives another nn.Sequential of units", type=network)
     add("--image-to-image", "flex also with an image-to-image unit before the network")
     add("--table", "default: 3, if no --target", nargs="+", type=int, choices=TABLES, default=[])
     add("--figures", "folder to draw the paper's figures in (needs matplotlib)", type=Path)
@@ -1032,6 +1043,13 @@ def runs_of(pair: tuple[str, str], root: Path | None, args) -> list[Run]:
     """The scenario-runs of a scenario that are asked for, with their data in `root`."""
     family, runs = SCENARIOS[pair], []
     family = family if root else replace(family, **family.built_in)
+    if args.network:
+        name, build = args.network
+        if family.weights and not root:
+            raise ValueError("--network: in the place of Inception2 it needs real data (--data)")
+        family = replace(
+            family, network=name, build=build, weights=family.weights and (lambda root: build())
+        )
     methods = [method for method in METHODS if method in (args.methods or METHODS)]
     if pair[0] == "ilsvrc" and not args.methods:
         methods.remove("ft-fc-2")  # the paper tunes one last unit alone
@@ -1067,7 +1085,7 @@ def missing(run: Run, args) -> tuple[str, ...]:
 def run_scenarios(pairs: list[tuple[str, str]], args) -> None:
     """Run what has no result yet, in this rank's share, and show all results."""
     # What cannot be written is better found now than after the training.
-    runs = [run for pair in pairs for run in runs_of(pair, None, args)]
+    runs = [run for pair in pairs for run in runs_of(pair, Path(), args)]
     if args.save and (len(runs) > 1 or args.save.exists() and not args.save.is_file()):
         raise ValueError("--save: name a file, and one --target, one --ratio and --runs 1")
     if args.figures and not find_spec("matplotlib"):
