@@ -26,11 +26,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 Data = tuple[torch.Tensor, torch.Tensor]
 
@@ -260,13 +262,11 @@ def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
+            if all(weight.grad is None for weight in tuned.parameters()):
+                what = "no gradient reaches it: is there a no_grad or rounding?"
+                raise ValueError(f"unit {label(net, *numbers)}: {what}")
             if epoch % settings.check_every and epoch < last:
                 continue
-            for number in reversed(numbers):
-                weights = list(net[number - 1].parameters())
-                if weights and all(weight.grad is None for weight in weights):
-                    why = "no gradient reaches it: is there a no_grad or rounding?"
-                    raise ValueError(f"unit {label(net, number)}: {why}")
             if diverged := any(not weight.isfinite().all() for weight in tuned.parameters()):
                 break  # a loss that is not finite makes the weights so
             a = task.accuracy(net, below)
@@ -327,8 +327,9 @@ class Task:
             if self.train[0].shape[1:] != self.val[0].shape[1:]:
                 raise ValueError("images for training and validation differ in size")
         device = self.settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.net = copied(self.net)
         with _refused(f"device {device}"):
-            self.net = copied(self.net).requires_grad_(False).to(device)
+            self.net.to(device)
         self.like = next(self.net.parameters())  # has the network's device and precision
         both = ((x.detach(), y) for x, y in (self.train, self.val))
         self.train, self.val = ([tensor.to(self.like.device) for tensor in data] for data in both)
@@ -442,9 +443,15 @@ class Task:
         small = copy.copy(self)  # a training as it will be, with the smallest batch to come
         few = 1 if len(x) % self.settings.batch_size == 1 else 2
         small.train = small.val = x[:few], y[:few]
+        small._outputs = {name: (0, x[:few]) for name in ("train", "val")}
         small.results, small.report, small.source_accuracy = {}, len, 0.0
-        with _refused("in training"):
+        try:
             fine_tune(small, "all", epochs=1)
+        except Exception:
+            for unit in reversed(candidates(self.net)):  # which is it?
+                with _refused(f"unit {label(self.net, unit)}, in training"):
+                    fine_tune(small, unit, epochs=1)
+            raise
 
 
 def accuracy(net: nn.Sequential, data: Data, settings: Settings = Settings()) -> float:
@@ -461,9 +468,12 @@ def label(net: nn.Sequential, *units: int | str) -> str:
 
 
 def copied(net: nn.Sequential) -> nn.Sequential:
-    """A copy in evaluation mode, unit by unit: two may share a dropout that is on in one alone."""
-    units = ((name, copy.deepcopy(unit)) for name, unit in net._modules.items())
-    return nn.Sequential(OrderedDict(units)).eval()
+    """A frozen copy in evaluation mode, unit by unit: two may share a dropout that one has on."""
+    units = OrderedDict()
+    for number, (name, unit) in enumerate(net._modules.items(), 1):
+        with _refused(f"unit {label(net, number)}"):
+            units[name] = copy.deepcopy(unit).requires_grad_(False)
+    return nn.Sequential(units).eval()
 
 
 def _through(net: nn.Sequential, x):
@@ -482,3 +492,147 @@ def _refused(what: str):
     except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(f"{what}: {reason}") from error
+
+
+# ---------------------------------------------------------------- any model as units
+#
+# A unit runs the model's own `forward`, in which only its own modules are there. Those before it
+# give NaN, until its first module is called. The call of the next unit's first module is its end.
+
+
+def split(model: nn.Module, x: torch.Tensor, units: int | Iterable[str] = 1) -> nn.Sequential:
+    """`model` as an `nn.Sequential` of units that shares its weights, found by running it on x.
+
+    It is cut where one tensor passes. Modules stay whole but for `nn.Sequential`s, those that
+    `units` names, and, for a number of units, the largest as long as that gives more. What has no
+    weight matrix, like a norm, joins the unit before. Of a dictionary or tuple the logits are taken.
+    Raises ValueError unless the units give what the model gives, to the bit: in evaluation mode on
+    x [N, ...] and x[:1], and in training mode on x.
+    """
+    opened = set() if isinstance(units, int) else set(units)
+    try:
+        net = _cut(model, x, opened)
+    except Exception as error:
+        hint = "write the nn.Sequential, and assert torch.equal(net(x), model(x))"
+        raise ValueError(f"{type(model).__name__} cannot be split ({error}): {hint}") from error
+    sizes = {name: sum(w.numel() for w in m.parameters()) for name, m in model.named_modules()}
+    for name in sorted(sizes, key=sizes.get, reverse=True) if isinstance(units, int) else ():
+        if len(net) < units and sizes[name] * units > sizes[""]:  # it is larger than its share
+            with contextlib.suppress(Exception):
+                more = _cut(model, x, opened | {name})
+                net, opened = (more, opened | {name}) if len(more) > len(net) else (net, opened)
+    return net
+
+
+def original(net: nn.Sequential) -> dict[str, torch.Tensor]:
+    """The state of a network that was split, by the names of the model that it was split from."""
+    return {name.split(".body.", 1)[1]: tensor for name, tensor in net.state_dict().items()}
+
+
+@torch.no_grad()
+def _cut(model: nn.Module, x: torch.Tensor, opened: set[str]) -> nn.Sequential:
+    """`split` with these modules opened. Raises whatever goes wrong."""
+    calls, twin, parts = [], copy.deepcopy(model).eval(), _parts(model, opened)
+    for name, part in _parts(twin, opened).items():
+        record = partial(lambda name, _, *call: calls.append((name, *call)), name)
+        part.register_forward_hook(record, with_kwargs=True)
+    logits, names = _logits(twin(x)), [name for name, *_ in calls]
+    weights = [{*parts[name].parameters()} for name in names]
+    matrix = [any(weight.dim() > 1 for weight in some) for some in weights]
+    outs = {name: out for name, *_, out in calls} | {"": x}
+    outs = tree_map_only(torch.Tensor, lambda v: v.to("meta"), outs)
+    unit, starts = partial(_Unit, model, parts, outs), [0]
+    for place, (name, *given, _) in enumerate(calls):
+        shared = set().union(*weights[:place]) & set().union(*weights[place:])
+        if any(matrix[:place]) and matrix[place] and not shared:
+            with contextlib.suppress(Exception):
+                rest = copy.deepcopy(unit(names[place:], name)).eval()
+                starts += [place] * torch.equal(rest(_first(given)), logits)
+    net, ends = nn.Sequential(), ["", *names[1:], None]
+    for start, end in zip(starts, [*starts[1:], len(names)]):
+        title = names[matrix.index(True, start)].replace(".", "/")
+        net.add_module(title, unit(names[start:end], ends[start], ends[end]))
+    with torch.random.fork_rng():
+        for images, training in ((x, False), (x[:1], False), (x, True)):
+            given = []
+            for twin in (copy.deepcopy(model), copy.deepcopy(net)):
+                torch.manual_seed(0)
+                given.append(_logits(twin.train(training)(images)))
+            if not torch.equal(*given):
+                raise ValueError(f"the units differ for {len(images)} images, {training=}")
+    return net
+
+
+def _parts(module: nn.Module, opened: set[str], prefix: str = "") -> dict[str, nn.Module]:
+    """The modules that stay whole, by name."""
+    parts, lists = {}, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    for name, child in module.named_children():
+        name = prefix + name
+        inner = type(child) in lists or any(f"{one}.".startswith(f"{name}.") for one in opened)
+        parts |= _parts(child, opened, f"{name}.") if inner else {name: child}
+    return parts
+
+
+def _logits(out):
+    out = out["logits"] if isinstance(out, dict) else out
+    return getattr(out, "logits", out[0]) if isinstance(out, tuple) else out
+
+
+def _first(given) -> torch.Tensor:
+    return next(value for value in tree_leaves(given) if torch.is_tensor(value))
+
+
+class _End(BaseException):
+    """The end of a unit, with what it hands on."""
+
+
+class _Unit(nn.Module):
+    """`forward` from the call of `start` to that of `end`. Weights outside of modules: the first's."""
+
+    def __init__(self, model, parts, outs, own, start="", end=None):
+        super().__init__()
+        self.outs, self.start, self.end = outs, start, end
+        inside = {weight for part in parts.values() for weight in part.parameters()}
+        there = {name for name in parts if name in own or not parts[name].state_dict()}
+        same = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        same |= {id(parts[name]): parts[name] for name in there}
+        self.body = copy.deepcopy(model, same)
+        for name, weight in model.named_parameters():
+            if start and weight not in inside:
+                path, _, last = name.rpartition(".")
+                delattr(self.body.get_submodule(path), last)
+                nothing = weight.detach() * math.nan
+                self.body.get_submodule(path).register_buffer(last, nothing, persistent=False)
+        for name in parts.keys() - there:
+            other = nn.Module()
+            other.forward = partial(self.other, name)
+            self.body.set_submodule(name, other)
+
+    def forward(self, x):
+        self.given, random, start = x, torch.get_rng_state(), self.body.get_submodule(self.start)
+
+        def begin(_, *given):  # from here on all is real: the tensor given, and random numbers
+            torch.set_rng_state(random)
+            first = _first(given)
+            return tree_map(lambda v: x if v is first else v, given)
+
+        try:
+            with start.register_forward_pre_hook(begin, with_kwargs=True, prepend=True):
+                return _logits(self.body(self.other("")))
+        except _End as end:
+            return end.args[0]
+        finally:
+            self.given = None
+
+    def other(self, name, *args, **kwargs):
+        """What a module that is not there gives: NaN or 0, with a row for each image."""
+        if name == self.end:
+            raise _End(_first((args, kwargs)))
+
+        def nothing(v):
+            rows = [len(self.given)] if v.shape[:1] == self.outs[""].shape[:1] else v.shape[:1]
+            value = math.nan if v.is_floating_point() else 0
+            shape = *rows, *v.shape[1:]
+            return torch.full(shape, value, dtype=v.dtype, device=self.given.device)
+
+        return tree_map_only(torch.Tensor, nothing, self.outs[name])

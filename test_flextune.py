@@ -367,19 +367,6 @@ def test_in_place_layers_do_not_change_the_data(train, val):
     assert torch.equal(val[0], before)
 
 
-class View(nn.Module):
-    def forward(self, x):
-        return x.view(len(x), -1)
-
-
-def test_a_unit_that_needs_the_plain_memory_layout(train, val):
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(View(), nn.Linear(144, 4)))
-    for unit in (1, 2):
-        result = fine_tune(net, unit, train, val, FAST)
-        assert result.net(val[0] / 255).shape == (100, 4)
-        assert result.accuracy == flextune.accuracy(result.net, val)
-
-
 @pytest.mark.parametrize("kind", [torch.float64, torch.uint8])
 def test_images_are_brought_to_the_precision_of_the_network(source, val, kind):
     x = val[0] if kind == torch.uint8 else (val[0] / 255).to(kind)
@@ -559,6 +546,212 @@ def test_what_would_pass_unnoticed_is_an_error(source, wrong, message):
         fine_tune(**good | wrong)
 
 
+class Do(nn.Module):
+    """A unit of a function of (module, x), with parameters."""
+
+    def __init__(self, do, **parameters):
+        super().__init__()
+        self.do = do
+        for name, value in parameters.items():
+            setattr(self, name, nn.Parameter(value, value.is_floating_point()))
+
+    def forward(self, x):
+        return self.do(self, x)
+
+
+def around(*units, features=192, head=4):
+    """A network of `units`, a linear one before them and one after."""
+    before = nn.Sequential(nn.Flatten(), nn.Linear(192, features))
+    return nn.Sequential(before, *units, nn.Linear(features, head))
+
+
+def hooked():
+    net = around()
+    net.register_forward_pre_hook(lambda module, args: (args[0] / 2,))
+    return net
+
+
+def buffered():
+    net = around()
+    net.register_buffer("version", torch.zeros(1))
+    return net
+
+
+def auxiliary(unit, x):
+    return (x * unit.gain, x) if unit.training else x * unit.gain
+
+
+GAIN = {"gain": torch.ones(1)}
+
+
+@pytest.mark.parametrize(
+    "net, message",
+    [
+        (hooked, "must be an nn.Sequential of units that adds nothing"),
+        (buffered, "must be an nn.Sequential of units that adds nothing"),
+        (lambda: around(Do(auxiliary, **GAIN)), "unit 2, in training: "),
+        (lambda: around(Do(lambda unit, x: x.features)), "unit 2: 'Tensor' object has no"),
+        (lambda: around(Do(lambda unit, x: x * unit.q, q=torch.ones(1).char())), "unit 2, in trai"),
+        (lambda: around(Do(lambda unit, x: x + torch.rand_like(x))), "unit 2 is random in eval"),
+        (lambda: around(torch.jit.script(nn.Linear(192, 192))), "unit 2: "),
+        (lambda: around(nn.utils.weight_norm(nn.Linear(192, 192))), "unit 2: "),
+        (lambda: around(nn.Sequential(Do(lambda unit, x: x.long().clamp(0, 9)),
+            nn.Embedding(10, 1, sparse=True), nn.Flatten())), "unit 2, in training: "),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_units_that_cannot_be_worked_with_are_named_before_the_training(net, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        Task(net(), (X, Y), (X, Y), FAST)
+    assert "\n" not in str(caught.value)
+
+
+def test_units_that_no_gradient_reaches_are_named(train, val):
+    task = Task(around(Do(lambda unit, x: x.detach())), train, val, FAST)
+    assert fine_tune(task.net, 3, train, val).epochs
+    with pytest.raises(ValueError, match="unit 1: no gradient reaches it"):
+        flextune.flex(task)
+    with torch.inference_mode(), pytest.raises(ValueError, match="no gradient reaches it"):
+        Task(around(), train, val, FAST)
+
+
+@pytest.mark.parametrize(
+    "below, above",
+    [
+        (lambda _, x: (x.clamp(0, 1) * 255).round().byte(), lambda _, x: x.float() / 255),
+        (lambda _, x: x.bfloat16(), lambda _, x: x.float()),
+        (lambda _, x: x.long(), lambda _, x: x.float()),
+        (lambda _, x: x.view(len(x), 4, 4, 12).permute(0, 3, 1, 2).contiguous(), None),
+        (lambda _, x: x.view(len(x), 4, 48).transpose(0, 1), lambda _, x: x.transpose(0, 1)),
+        (lambda _, x: (x, 2 * x), lambda _, x: x[0] + x[1]),
+        (lambda _, x: x.unflatten(1, (192, 1)).squeeze(), None),
+    ],
+    ids=["uint8", "bfloat16", "int64", "view", "time first", "tuple", "squeeze"],
+)
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
+def test_what_units_hand_on_reaches_the_next_as_it_is(train, val, below, above, cache_bytes):
+    flat = nn.Sequential(Do(above or (lambda _, x: x)), Do(lambda _, x: x.view(len(x), -1)))
+    torch.manual_seed(0)
+    net = around(Do(below), nn.Sequential(flat, nn.Linear(192, 8), nn.Linear(8, 192)))
+    train = [tensor[:32] for tensor in train]  # without a batch of one image, for `squeeze`
+    result = fine_tune(net, 3, train, val, replace(FAST, cache_bytes=cache_bytes))
+    assert result.accuracy == pytest.approx(naive_accuracy(result.net, val))
+    assert result.history[0][1] == pytest.approx(naive_accuracy(copy.deepcopy(net), val))
+
+
+class Centre(nn.Module):
+    """Keeps a mean as a buffer that is not in its state_dict, and a count as an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1), persistent=False)
+        self.seen, self.gain = 0, nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        if self.training:
+            self.mean.lerp_(x.detach().mean(), 0.5)
+            self.seen += len(x)
+        return (x - self.mean - self.seen / 1e4) * self.gain
+
+
+def test_the_best_state_is_all_of_the_module(train, val):
+    result = fine_tune(around(Centre()), "all", train, val, replace(FAST, lr=0.3))
+    assert result.epochs > max(result.history, key=lambda pair: pair[1])[0]  # it went on after it
+    assert result.accuracy == flextune.accuracy(result.net, val)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_memory_layout_stays(source, train, val, layout):
+    net = copy.deepcopy(source).to(memory_format=layout)
+    result = fine_tune(net, [1, 4], train, val)
+    for mine, theirs in zip(result.net.parameters(), net.parameters()):
+        assert mine.stride() == theirs.stride()
+
+
+def test_large_finite_weights_of_float16_are_no_divergence(train, val):
+    net = around(Do(lambda unit, x: x + unit.w.mean(), w=torch.full((9000,), 60.0))).half()
+    assert not fine_tune(net, 2, train, val, replace(FAST, lr=1e-4)).diverged
+
+
+def test_tokens_and_tables():
+    tokens, y = torch.randint(9, (40, 6), generator=generator()), torch.arange(40) % 3
+    text = nn.Sequential(nn.Embedding(9, 8), nn.LSTM(8, 8, batch_first=True),
+        nn.Sequential(Do(lambda _, x: x[0][:, -1]), nn.Linear(8, 3)))  # fmt: skip
+    for net, x in ((text, tokens), (nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), tokens / 9)):
+        selection = flextune.flex(Task(net, (x, y), (x, y), FAST))
+        assert selection.result.accuracy == flextune.accuracy(selection.result.net, (x, y))
+
+
+def test_augment_sees_every_training_batch_alike_and_no_other(source, train, val):
+    seen = []
+
+    def augment(x):
+        seen.append(x.sum((1, 2, 3)).tolist())
+        return x.flip(3)
+
+    task = Task(source, train, val, replace(FAST, augment=augment, max_epochs=2))
+    batches = []
+    for unit in (1, 5, "all"):
+        seen.clear()
+        flextune.fine_tune(task, unit)
+        batches.append(copy.copy(seen))
+    assert batches[0] == batches[1] == batches[2] and sum(map(len, batches[0])) == 2 * 33
+    flipped = fine_tune(source, 5, (train[0].flip(3), train[1]), val, replace(FAST, max_epochs=2))
+    assert flextune.fine_tune(task, 5).history == flipped.history
+
+
+def test_a_loss_of_the_users(source, train, val):
+    smooth = partial(cross_entropy, label_smoothing=0.3)
+    plain, other = (fine_tune(source, 5, train, val, replace(FAST, loss=loss)).net
+        for loss in (cross_entropy, smooth))  # fmt: skip
+    assert not same(plain, other)
+
+
+def test_after_an_interrupt_the_task_goes_on(source, train, val):
+    lines = []
+
+    def report(text):
+        lines.append(text)
+        if len(lines) == 9:
+            raise KeyboardInterrupt
+
+    task = Task(source, train, val, FAST, report)
+    with pytest.raises(KeyboardInterrupt):
+        flextune.flex(task)
+    kept = [*task.results]
+    assert kept
+    selection = flextune.flex(task)
+    assert [*task.results][: len(kept)] == kept
+    again = flextune.flex(Task(source, train, val, FAST))
+    assert {u: one.history for u, one in selection.tuned.items()} == {
+        u: one.history for u, one in again.tuned.items()
+    }
+
+
+def test_units_have_names(train, val):
+    names = {"stem": nn.Flatten(), "layer4/0": nn.Linear(192, 8), "fc": nn.Linear(8, 4)}
+    net = nn.Sequential()
+    for name, unit in names.items():
+        net.add_module(name, unit)
+    lines = []
+    task = Task(net, train, val, FAST, lines.append)
+    assert flextune.fine_tune(task, ["layer4.0", 3]).units == (2, 3)
+    assert lines[0].startswith("unit 2 layer4.0, 3 fc: epoch 2, validation 0.")
+    assert flextune.label(net, "all") == "all" and flextune.label(net, 2) == "2 layer4.0"
+    with pytest.raises(ValueError, match="layer5: the units that can be tuned are 2 layer4.0, 3 f"):
+        flextune.fine_tune(task, "layer5")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_a_line_and_on_a_terminal_rewritten(monkeypatch, capsys, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    for text in ("one", "two" * 99, ""):
+        flextune.show(text)
+    rows = capsys.readouterr().err
+    assert rows.startswith("\rone\x1b[K\rtwo" if terminal else "one\ntwotwo")
+    assert rows.endswith("\r\x1b[K" if terminal else "two\n") and ("\n" not in rows) == terminal
+
+
 def test_a_layer_that_is_two_units(train, val):
     relu = nn.ReLU()
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
@@ -657,6 +850,10 @@ def test_certainty_known_values():
     # The differences are one 1 and seven 0: their variance is 1/8 - 1/64.
     assert sure["error"] == pytest.approx(((1 / 8 - 1 / 64) / 8) ** 0.5)
     assert sure["bound"] == pytest.approx((np.log(2 * 3 / 0.05) / 16) ** 0.5)
+    assert flextune.Selection(2, 2, tuned).tied == [2]
+    assert flextune.Selection(1, 1, {1: tuned[1], "all": tuned["all"]}).tied == [1, "all"]
+    with pytest.raises(ValueError, match="of flex alone"):
+        flextune.certainty(task, flextune.Selection(2, 2, tuned, {1: 0.5, 2: 0.6}))
 
 
 def test_average_precision_by_hand():
