@@ -23,6 +23,7 @@ import sys
 import tarfile
 import threading
 import time
+import types
 import zipfile
 import zlib
 from dataclasses import replace
@@ -2554,11 +2555,11 @@ if {name!r} == "flextune.py":
     assert out.split() == (["2", "2", "2"] if name == "flextune.py" else [])
 
 
-# ---------------------------------------------------------------- README
+# ---------------------------------------------------------------- any model as units
 
 
 class Block(nn.Module):
-    """A residual block as torchvision has it, in-place ReLUs included."""
+    """A residual block as torchvision has it, in-place ReLUs included, and stochastic depth."""
 
     def __init__(self, width, out, stride):
         super().__init__()
@@ -2570,18 +2571,19 @@ class Block(nn.Module):
 
     def forward(self, x):
         y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        y += self.downsample(x)
-        return self.relu(y)
+        if self.training:
+            y = y * (torch.rand(len(y), 1, 1, 1) > 0.1)
+        return self.relu(y + self.downsample(x))
 
 
 class ResNet(nn.Module):
-    """The parts of torchvision's ResNet-18, narrow, without its forward.
+    """torchvision's ResNet-18, narrow, with a dropout that is no module.
 
     No narrower than 8: with one thread, torch 2.13 crashes in the backward pass of a 1 x 1
     convolution of stride 2 with 4 input channels in channels-last.
     """
 
-    def __init__(self, weights):
+    def __init__(self):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8)
         self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
@@ -2590,13 +2592,130 @@ class ResNet(nn.Module):
             setattr(self, f"layer{number}", nn.Sequential(*blocks))
         self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(16, 10)
 
-
-class Normalize(nn.Module):
-    """torchvision's, for what the example does with it."""
-
-    def __init__(self, mean, deviation):
-        super().__init__()
-        self.mean, self.deviation = (torch.tensor(a)[:, None, None] for a in (mean, deviation))
-
     def forward(self, x):
-        return (x - self.mean) / self.deviation
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = self.avgpool(x).flatten(1)
+        return self.fc(nn.functional.dropout(x, 0.1, self.training))
+
+
+class Tokens(nn.Module):
+    """A small transformer: weights of its own, a loop over blocks, branches on shapes, a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.place = nn.Embedding(20, 8), nn.Parameter(torch.rand(1, 6, 8))
+        layers = (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(3))
+        self.encoder, self.head = nn.Module(), nn.Linear(8, 3)
+        self.encoder.layers = nn.ModuleList(layers)
+        self.encoder.forward = self.encode
+
+    def encode(self, x, mask=None):
+        for layer in self.encoder.layers:
+            x = layer(x, mask)
+        return x
+
+    def forward(self, tokens):
+        x = self.embed(tokens) + self.place[:, : tokens.shape[1]]
+        if x.shape[0] > 99 or len(x.shape) != 3:
+            raise AssertionError
+        return {"hidden": x, "logits": self.head(self.encoder(x, mask=None)[:, 0])}
+
+
+BLOCKS = [f"layer{n}.{m}" for n in (1, 2, 3, 4) for m in (0, 1)]
+ENCODER = [f"encoder.layers.{n}" for n in range(3)]
+PIXELS = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+WORDS = torch.randint(20, (4, 6), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "build, x, units, names",
+    [
+        (ResNet, PIXELS, 1, ["conv1", *BLOCKS, "fc"]),
+        (lambda: nn.Sequential(ResNet(), nn.ReLU()), PIXELS, 1, ["0"]),
+        (
+            lambda: nn.Sequential(ResNet()),
+            PIXELS,
+            ["0"],
+            [f"0.{n}" for n in ("conv1", *BLOCKS, "fc")],
+        ),
+        (lambda: nn.Sequential(ResNet()), PIXELS, 5, [f"0.{n}" for n in ("conv1", *BLOCKS, "fc")]),
+    ],
+)
+def test_split_gives_what_the_model_gives(build, x, units, names):
+    torch.manual_seed(0)
+    model = build()
+    model.train().requires_grad_(True)
+    next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d)).eval()
+    before, modes = copy.deepcopy(model), [module.training for module in model.modules()]
+    net = flextune.split(model, x, units)
+    assert [name.replace("/", ".") for name in net._modules] == names
+    assert same(model, before) and modes == [module.training for module in model.modules()]
+    for training in (True, False):
+        for images in (x, x[:3]):
+            given = []
+            for one in (before, net):
+                torch.manual_seed(1)
+                given.append(copy.deepcopy(one).train(training)(images))
+            assert torch.equal(*given)
+    assert {w.data_ptr() for w in net.parameters()} == {w.data_ptr() for w in model.parameters()}
+    assert flextune.original(net).keys() == model.state_dict().keys()
+
+
+def test_split_and_back_again():
+    """A model of tokens, whose weight of its own is the first unit's: tuned, loaded, as accurate."""
+    torch.manual_seed(0)
+    model, y = Tokens(), torch.tensor([0, 1, 2, 0])
+    net = flextune.split(model, WORDS)
+    assert [*net._modules] == ["embed", "encoder", "head"] and "place" in flextune.original(net)
+    task = Task(net, (WORDS, y), (WORDS, y), FAST)
+    result = flextune.flex(task).tuned["all"]
+    model.load_state_dict(flextune.original(result.net))
+    with torch.no_grad():
+        logits = model.eval()(WORDS)["logits"]
+    assert (logits.argmax(1) == y).float().mean().item() == result.accuracy
+    torch.testing.assert_close(logits, result.net(WORDS), rtol=0, atol=1e-5)
+
+
+def test_split_refuses_what_it_cannot_give():
+    class Numpy(nn.Module):
+        def forward(self, x):
+            return x * float(np.random.rand()) if self.training else x
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), Numpy(), nn.Linear(8, 2))
+    with pytest.raises(
+        ValueError, match="Sequential cannot be split .the units differ for 4 images"
+    ):
+        flextune.split(model, PIXELS)
+    with pytest.raises(ValueError, match="cannot be split .*: write the nn.Sequential, and assert"):
+        flextune.split(ResNet(), WORDS)
+
+
+# ---------------------------------------------------------------- README
+
+
+def test_the_example_of_the_readme(tmp_path, monkeypatch, capsys):
+    """As written, but for a small ResNet, small images and short trainings."""
+    monkeypatch.chdir(tmp_path)
+    x, y = images(60, seed=1)
+    torch.save((nn.functional.interpolate(x, size=(32, 32)), y), "images.pt")
+    torchvision = types.ModuleType("torchvision")
+    torchvision.models = types.SimpleNamespace(resnet18=lambda weights: ResNet())
+    normalize = lambda x, mean, deviation: (x - 0.45) / 0.22
+    functional = types.SimpleNamespace(normalize=normalize)
+    torchvision.transforms = types.SimpleNamespace(functional=functional)
+    monkeypatch.setitem(sys.modules, "torchvision", torchvision)
+    (code,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    short = "Settings(lr=1e-2, max_epochs=5, batch_size=32"
+    for old, new in (("400", "40"), ("Settings(lr=1e-4, batch_size=32", short)):
+        assert old in code
+        code = code.replace(old, new)
+    exec(code, variables := {})  # noqa: S102
+    out, err = capsys.readouterr()
+    assert re.search(r"tuned: .*\ntied: .*lead", out) and "unit 1 conv1: epoch 5, validation" in err
+    model = ResNet()
+    model.fc = nn.Linear(16, 5)
+    model.load_state_dict(torch.load("tuned.pt", weights_only=True))
+    x, y = variables["val"]
+    a = (model.eval()(x).argmax(1) == y).float().mean().item()
+    assert a == pytest.approx(variables["selection"].result.accuracy)
