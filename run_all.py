@@ -1161,7 +1161,9 @@ def main(argv: list[str] | None = None) -> None:
         status, problem = 130, "interrupted; finished runs are in the folder of results"
     except (OSError, MemoryError, RuntimeError, ValueError) as error:
         problem = f"error: {error}"
-        if re.search("out ?of ?memory|allocate|MemoryError", repr(error)):  # torch has several
+        if re.search(
+            "out ?of ?memory|allocate|MemoryError|create a primitive", repr(error)
+        ):  # torch has several
             problem = f"error: out of memory: try less than --cache-gib {args.cache_gib}"
         elif type(error) is RuntimeError:
             raise

@@ -483,6 +483,7 @@ def _members(path: Path) -> Iterator[tuple[str, BinaryIO]]:
     else:
         with gzip.open(path) as file, tarfile.open(fileobj=_Bounded(file), mode="r|") as tar:
             yield from ((member.name, tar.extractfile(member)) for member in tar if member.isfile())
+            _Bounded(file).read()  # to the end, where its checksum is
 
 
 # ---------------------------------------------------------------- readers
@@ -597,6 +598,7 @@ LARGEST_IMAGE = 1 << 25  # pixels
 def read_image(content: bytes) -> torch.Tensor:
     """An RGB image [3, H, W] of a JPEG or PNG file; what is transparent is laid on white."""
     pillow = _pillow()
+    pillow.open(io.BytesIO(content), formats=("JPEG", "PNG")).verify()  # checksums of a PNG
     with pillow.open(io.BytesIO(content), formats=("JPEG", "PNG")) as file:
         if math.prod(file.size) > LARGEST_IMAGE:
             raise ValueError(f"it has {file.size} pixels")
