@@ -205,8 +205,8 @@ def pacs_head(net: nn.Sequential) -> nn.Sequential:
     *_, last = [None] + [layer for layer in net.modules() if isinstance(layer, nn.Linear)]
     if last is None or last.out_features != 1000:
         raise ValueError("the last layer of the network must be a linear one of 1000 classes")
-    last.weight, last.bias = (nn.Parameter(old.detach()[rows]) for old in (last.weight, last.bias))
-    last.out_features = len(rows)
+    for name, old in list(last.named_parameters()):
+        setattr(last, name, nn.Parameter(old.detach()[rows]))
     return net
 
 

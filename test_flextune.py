@@ -2407,6 +2407,63 @@ def test_usage_errors_are_one_line(quick, capsys, command, message):
     assert message in fails(capsys, lambda: quick(command))
 
 
+NETWORKS = """
+from torch import nn
+
+def build():
+    return nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.ReLU()), nn.Linear(16, 10))
+
+def few():
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 3))
+
+def module():
+    return nn.Linear(784, 10)
+"""
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (f"{ONE} --network none.py:build", "none.py:build: FileNotFoundError"),
+        (f"{ONE} --network net.py", "net.py: "),
+        (f"{ONE} --network net.py:other", "net.py:other: KeyError('other')"),
+        (f"{ONE} --network broken.py:build", "broken.py:build: SyntaxError"),
+        (f"{ONE} --network net.py:few", "must fit the network's 3 classes"),
+        (f"{ONE} --network net.py:module", "the network must be an nn.Sequential"),
+        ("--target sketch --data builtin --network net.py:build", "it needs real data (--data)"),
+    ],
+)
+def test_a_network_that_cannot_be_used_is_a_line(quick, capsys, command, message):
+    Path("net.py").write_text(NETWORKS)
+    Path("broken.py").write_text("def build(:")
+    with pytest.raises(SystemExit) as caught:
+        quick(command)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_another_network(quick, capsys, mnist):
+    Path("net.py").write_text(NETWORKS)
+    quick(
+        f"--source mnist --target blurry --ratio 30 --runs 1 --data {mnist} --network net.py:build"
+    )
+    out = capsys.readouterr().out
+    assert "mnist: net:build network" in out and "paper" not in out
+    assert {row["network"] for row in results()} == {"net:build"}
+    assert results()[5]["candidates"].keys() == {"1", "2", "all"}
+
+
+def test_pacs_takes_rows_of_the_last_layer_of_any_network():
+    net = nn.Sequential(
+        nn.Flatten(), nn.Linear(12, 9), nn.Sequential(nn.ReLU(), nn.Linear(9, 1000))
+    )
+    x = torch.rand(3, 3, 2, 2)
+    torch.testing.assert_close(models.pacs_head(net)(x), net(x)[:, list(models.PACS_ROWS.values())])
+    for wrong in (net[:2], nn.Sequential(nn.Flatten())):
+        with pytest.raises(ValueError, match="must be a linear one of 1000 classes"):
+            models.pacs_head(wrong)
+
+
 def test_ctrl_c_ends_with_130(quick, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
