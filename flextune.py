@@ -239,7 +239,9 @@ def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None
         return task.results[numbers, epochs]
     start, below = time.perf_counter(), numbers[0] - 1
     shared, x = task.outputs("train", 0 if settings.augment else below)
-    net, (_, y) = copied(task.net), task.train
+    net, (_, y) = task.net[:], task.train
+    for number in numbers:
+        net[number - 1] = copy.deepcopy(net[number - 1])
     tuned = nn.ModuleList(net[number - 1] for number in numbers).requires_grad_(True)
     optimizer = torch.optim.Adam(tuned.parameters(), settings.lr, fused=True)
     order = torch.Generator().manual_seed(settings.seed)
@@ -269,7 +271,7 @@ def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None
                 continue
             if diverged := any(not weight.isfinite().all() for weight in tuned.parameters()):
                 break  # a loss that is not finite makes the weights so
-            a = task.accuracy(net, below)
+            a = task.accuracy(net.eval(), below)
             history.append((epoch, a))
             left = (time.perf_counter() - start) * (last / epoch - 1)
             what = f"unit {label(net, *numbers)}: epoch {epoch}, validation {a:.3f}"
@@ -280,11 +282,10 @@ def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None
                 stale += 1
                 if stale == settings.patience:
                     break
-    net = task.net[:].eval()
     for number, unit in zip(numbers, state.eval()):
         net[number - 1] = unit
     trained, seconds = sum(w.numel() for w in state.parameters()), time.perf_counter() - start
-    result = Result(net, numbers, best[1], epoch, seconds, history, trained, diverged)
+    result = Result(net.eval(), numbers, best[1], epoch, seconds, history, trained, diverged)
     return task.results.setdefault((numbers, epochs), result)
 
 
@@ -365,7 +366,7 @@ class Task:
             return 0, x
         done, x = self._outputs[name] if self._outputs[name][0] <= n else (0, x)
         if done < n:
-            self._outputs[name] = n, self.run(copied(self.net)[done:n], x, done)
+            self._outputs[name] = n, self.run(self.net[done:n], x, done)
         return self._outputs[name]
 
     def right(self, net: nn.Sequential, shared: int = 0) -> torch.Tensor:
@@ -374,7 +375,9 @@ class Task:
         Of equal logits the first counts as larger, as for `argmax`. NaN are never right.
         """
         n, x = self.outputs("val", shared)
-        logits, y = self.run(copied(net)[n:], x, n), self.val[1][:, None]  # (N, classes), (N, 1)
+        if any(module.training for unit in net for module in unit.modules()):
+            net = copied(net)
+        logits, y = self.run(net[n:], x, n), self.val[1][:, None]  # (N, classes), (N, 1)
         own, place = logits.gather(1, y), torch.arange(logits.shape[1], device=y.device)
         ahead = (logits > own) | ((logits == own) & (place < y))  # (N, classes)
         return (ahead.sum(1) < self.settings.top_k) & ~logits.isnan().any(1)
@@ -422,7 +425,7 @@ class Task:
     def _try_out(self) -> None:
         """Find out on two images what cannot be worked with, and what an image takes after each
         number of units: `image_bytes`, infinite where the outputs are not one tensor of images."""
-        (x, y), net, self.image_bytes = self.train, copied(self.net), [0]
+        (x, y), net, self.image_bytes = self.train, self.net, [0]
         one, two = self.enter(x[:1]), self.enter(x[[0, -1]])
         for n in range(len(net)):
             unit = net[n : n + 1]

@@ -1516,17 +1516,16 @@ def test_ilsvrc_has_to_be_put_there(tmp_path):
 
 
 def test_ilsvrc_images_are_shuffled_together_cropped_and_shifted(tmp_path, monkeypatch):
-    image = pytest.importorskip("PIL.Image").new("RGB", (20, 16))
-    image.paste((10, 20, 30), (3, 1, 17, 15))  # the middle 14 of 16: nothing else is seen
-    file = io.BytesIO()
-    image.save(file, "PNG")
+    image = torch.full((3, 16, 20), 255, dtype=torch.uint8)
+    colour = torch.tensor([10, 20, 30], dtype=torch.uint8)[:, None, None]
+    image[:, 1:15, 3:17] = colour  # the middle 14 of 16: nothing else is seen
     for label in range(1000):
         folder = tmp_path / "ilsvrc" / "val" / f"n{label:08}"
         folder.mkdir(parents=True)
         for number in range(10):
-            (folder / f"{number}.png").write_bytes(file.getvalue())
+            (folder / f"{number}.JPEG").touch()
+    monkeypatch.setattr(shifts, "read_image", lambda path: image)
     monkeypatch.setattr(shifts, "SIDE", 7)
-    monkeypatch.setattr(shifts, "_resized", lambda x, side, old=shifts._resized: old(x, 7))
     domain = shifts.load("ilsvrc", "hsv", tmp_path)
     for split, total in {"pool": 5000, "val": 1000, "test": 4000}.items():
         x, y = domain[split]
@@ -1604,9 +1603,6 @@ def test_built_in_digits_are_the_same_every_time_and_balanced():
     (a, y), (b, _) = (shifts.draw_digits(500, generator(3)) for _ in range(2))
     assert torch.equal(a, b) and y.bincount().tolist() == [50] * 10
     assert a.shape == (500, 1, 28, 28) and a.dtype == torch.uint8 and a.max() > 200
-    sizes = {split: len(y) for split, (_, y) in shifts.load("mnist", None, None).items()}
-    assert sizes == {"source": 5000, "pool": 30000, "val": 1000, "test": 2000}
-    assert 3000 * 10 <= sizes["pool"]  # the paper's largest ratio
 
 
 def test_the_4_layer_network_learns_the_built_in_digits_and_every_shift_hurts(monkeypatch):
@@ -1804,7 +1800,7 @@ def test_built_in_images_are_the_same_every_time_and_balanced(name):
 def few_images(name):
     """A built-in domain, smaller."""
     draw, sizes = shifts.BUILT_IN[name]
-    return {split: draw(300 if split == "pool" else 120, generator()) for split in sizes}
+    return {split: draw(300 if split == "pool" else 60, generator()) for split in sizes}
 
 
 @pytest.fixture
@@ -1819,7 +1815,10 @@ def make_quick(monkeypatch):
     for pair, family in run_all.SCENARIOS.items():
         train = replace(family.pretraining, max_epochs=1)
         once = {"pretraining": train, "epochs": 1, "steps": ((64, 2, 1),) * 4}
-        short = replace(family, **once, built_in=family.built_in | once)
+        built_in = family.built_in | once
+        if pair[0] == "ilsvrc":
+            built_in["build"] = partial(models.inception2, classes=6, width=0.1)
+        short = replace(family, **once, built_in=built_in)
         monkeypatch.setitem(run_all.SCENARIOS, pair, short)
     monkeypatch.setattr(shifts, "_builtin", few_images)
     monkeypatch.setattr(shifts, "fetch", no_network)
@@ -1877,8 +1876,7 @@ def test_runs_take_the_source_networks_by_turns(quick):
     quick(
         "--target mnist-m --ratio 30 --runs 3 --source-networks 2 --data builtin --methods source"
     )
-    a = [row["test"] for row in results()]
-    assert a[0] == a[2] != a[1]
+    assert len([*Path("results").glob("mnist-*.pt")]) == 2
     assert [row["source_network"] for row in results()] == [0, 1, 0]
 
 
@@ -2243,25 +2241,36 @@ def test_image_to_image_retrieval_and_figures(quick, capsys, monkeypatch):
 
 
 DRIVER = """
-import sys
+import os, signal, sys
 sys.path.insert(0, {here!r})
 import test_flextune
 with test_flextune.pytest.MonkeyPatch.context() as patch:
     test_flextune.make_quick(patch)
+    if os.environ.get("RANK") == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        patch.setattr(test_flextune.run_all, "execute", lambda *_: os.kill(os.getpid(), 9))
     test_flextune.run_all.main(sys.argv[1:])
 """
 
 
-def test_two_ranks_and_a_killed_sweep_end_with_the_same_table(tmp_path, monkeypatch):
+def test_ranks_that_are_started_again_and_killed_sweeps_end_with_the_same_table(tmp_path):
     (tmp_path / "driver.py").write_text(DRIVER.format(here=str(HERE)))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    sweep = SWEEP.replace("--ratio 3 30", "--ratio 3")
     methods = "--methods source ft-fc-1 flex --device cpu --table 3"
-    options = f"driver.py {SWEEP} {methods} --out".split()
-    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = f"driver.py {sweep} {methods} --out".split()
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "1",
+    ]
 
     def start(out, *before):
-        command = [sys.executable, *before, *options, out]
-        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+        command, one_thread = [sys.executable, *before, *options, out], {"OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        return subprocess.Popen(command, cwd=tmp_path, env=os.environ | one_thread, **pipes)
 
     def table(process):
         out, _ = process.communicate(timeout=300)
@@ -2269,18 +2278,15 @@ def test_two_ranks_and_a_killed_sweep_end_with_the_same_table(tmp_path, monkeypa
         lines = out[out.index("\nTable 3") :].splitlines()
         return [line for line in lines if "history" not in line]
 
-    expected = table(start("one"))
-    assert table(start("two", *ranks)) == expected
-    assert len(list((tmp_path / "two").glob("*.json"))) == 8 * 3
-    killed = start("three")
+    one, killed = start("one"), start("three")
     while not list((tmp_path / "three").glob("*.json")):
         time.sleep(0.1)
     killed.kill()
-    killed.communicate()
+    expected = table(one)
+    assert table(start("two", *torchrun)) == expected  # in the first attempt, rank 1 is killed
+    assert len(list((tmp_path / "two").glob("*.json"))) == 4 * 3
     at_once = start("three"), start("three")  # two sweeps in a folder
     assert [table(process) for process in at_once] == [expected, expected]
-    for path in (tmp_path / "three").glob("*.json"):
-        json.loads(path.read_text())
 
 
 def test_each_network_is_trained_once_and_charged_to_each_method(quick):
