@@ -323,6 +323,8 @@ def test_the_same_seed_gives_the_same_result_whatever_ran_before(source, train, 
         assert same(result.net, again[unit].net)
         assert result.history == again[unit].history
     assert not same(first[4].net, run(4, seed=1).net)
+    with torch.device("meta"):  # as another default device: what is made here is made where x is
+        assert same(first[4].net, run(4).net)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
