@@ -81,7 +81,9 @@ class Selection:
     """What a selection algorithm chose, and all that it looked at."""
 
     chosen: int | str  # N_flex: a unit, or "all"
-    best: int | str  # the arg max: line 7, 7 and 6; in fast-flex before line 10 looks at ft-all
+    best: (
+        int | str
+    )  # the arg max (lines 7, 7, 6 of Algorithms 1, 2, 3); line 10 of 2 comes after it
     tuned: dict[int | str, Result]  # every network fine-tuned on the way
     proxies: dict[int, float] = field(default_factory=dict)  # each unit's, on the validation set
 
@@ -203,7 +205,8 @@ def ft_ss(task: Task) -> Result:
             zero = layer.weight.new_zeros(len(layer.weight))
             layer.bias = nn.Parameter(zero if layer.bias is None else layer.bias)
             parametrize.register_parametrization(layer, "weight", _Scale(layer.weight))
-    result = fine_tune(replace(task, net=scaled), "all")
+    settings = replace(task.settings, batch_statistics=False)
+    result = fine_tune(replace(task, net=scaled, settings=settings), "all")
     plain = copied(surgery(task.net, result.net, last))
     for name, layer in result.net[: last - 1].named_modules():
         if hasattr(layer, "parametrizations") and "bias" in layer._parameters:
@@ -303,10 +306,9 @@ def show(text: str) -> None:
 class Task:
     """N, D_train and D_val: what every algorithm is given, and what its networks have in common.
 
-    Functions that are given the same task share three things, so that nothing is computed twice:
-    N's frozen units (`net`), what these make of both sets (`outputs`), and the networks tuned so
-    far (`results`, by unit numbers and number of epochs). `report` is called with a line of text
-    after each validation.
+    Functions that are given the same task share three things: N's frozen units (`net`), what these
+    make of both sets (`outputs`), and the networks tuned so far (`results`, by unit numbers and
+    number of epochs). `report` is called with a line of text after each validation.
     """
 
     net: nn.Sequential  # here a copy: frozen, in evaluation mode, on the device
@@ -346,7 +348,8 @@ class Task:
         names = [name.replace("/", ".") for name in self.net._modules]
         one = isinstance(units, str) or not isinstance(units, Iterable)
         wanted = every if units == "all" else [units] if one else units
-        numbers = {names.index(unit) + 1 if unit in names else unit for unit in wanted}
+        with _refused(f"units {units}"):
+            numbers = {names.index(unit) + 1 if unit in names else unit for unit in wanted}
         if not numbers <= set(every) or not numbers & set(can):
             known = ", ".join(label(self.net, unit) for unit in can)
             raise ValueError(f"{units}: the units that can be tuned are {known}")
@@ -447,7 +450,7 @@ class Task:
         few = 1 if len(x) % self.settings.batch_size == 1 else 2
         small.train = small.val = x[:few], y[:few]
         small._outputs = {name: (0, x[:few]) for name in ("train", "val")}
-        small.results, small.report, small.source_accuracy = {}, len, 0.0
+        small.results, small.report, small.source_accuracy = {}, lambda text: None, 0.0
         try:
             fine_tune(small, "all", epochs=1)
         except Exception:
@@ -459,7 +462,7 @@ class Task:
 
 def accuracy(net: nn.Sequential, data: Data, settings: Settings = Settings()) -> float:
     """Top-k accuracy of `net`, in evaluation mode, on `data`: in [0, 1]."""
-    return Task(net, data, data, settings).source_accuracy
+    return Task(net, tuple(part[:2] for part in data), data, settings).source_accuracy
 
 
 def label(net: nn.Sequential, *units: int | str) -> str:
@@ -512,7 +515,9 @@ def split(model: nn.Module, x: torch.Tensor, units: int | Iterable[str] = 1) -> 
     Raises ValueError unless the units give what the model gives, to the bit: in evaluation mode on
     x [N, ...] and x[:1], and in training mode on x.
     """
-    opened = set() if isinstance(units, int) else set(units)
+    opened = set() if isinstance(units, int) else {units} if isinstance(units, str) else set(units)
+    if unknown := opened - {name for name, _ in model.named_modules()}:
+        raise ValueError(f"the model has no modules of these names: {', '.join(unknown)}")
     try:
         net = _cut(model, x, opened)
     except Exception as error:

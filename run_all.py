@@ -166,6 +166,8 @@ class Family:
     pretraining: Settings
     epochs: int | None = None  # of the pretraining: the last state; None: the best one
     weights: Callable[[Path], nn.Sequential] | None = None  # of real data: the pretrained network
+    files: tuple[str, ...] = ()  # of these weights, of shifts.ORIGINS
+    code: tuple[bytes, ...] = ()  # that gives the network, where it is not ours
     head: Callable[[nn.Sequential], nn.Sequential] = copy.copy  # what becomes of its last layer
     built_in: dict = field(default_factory=dict)  # what is other on built-in data
 
@@ -213,6 +215,7 @@ ILSVRC = Family(
     steps=PACS_STEPS,  # not published: those of PACS
     pretraining=Settings(lr=1e-3, max_epochs=9, check_every=1, batch_statistics=True),
     weights=lambda root: models.load_inception2(root / "inception2.npz"),
+    files=("inception2",),
     built_in={"tuning": Settings(lr=1e-3, patience=3), "steps": ((32, 300, 20),) * 3},
 )
 QUICKDRAW = replace(
@@ -393,7 +396,7 @@ class Run:
 
     def path(self, method: str, out: Path) -> Path:
         """The file of a result: named by its head, and by its settings on whichever device."""
-        key = md5(as_row(self.settings), self.family.protocol(self.ratio))[:8]
+        key = md5(as_row(self.settings), self.family.protocol(self.ratio), *self.family.code)[:8]
         return out / f"{'_'.join(map(str, self.head(method).values()))}_{key}.json"
 
     def task(self, net: nn.Sequential, domain) -> Task:
@@ -462,7 +465,7 @@ def execute(run: Run, net: nn.Sequential, domain, gallery, args, progress: Calla
     task.report = lambda text: progress(len(task.results) / (len(net) + 6), text)
     unit = partial(image_to_image(run.pair[1]), channels=test[0].shape[1])
     i2i = partial(flex_i2i, unit=seeded(unit, run.settings.seed))
-    accuracy = cache(replace(task, train=test, val=test).accuracy)
+    accuracy = cache(replace(task, val=test).accuracy)
 
     def record(result: Result) -> dict:
         own = {
@@ -473,7 +476,7 @@ def execute(run: Run, net: nn.Sequential, domain, gallery, args, progress: Calla
     for method in run.methods:
         result = (METHODS | {"flex-i2i": i2i})[method](task)
         row = run.head(method) | {"images": len(task.train[1]), "settings": as_row(task.settings)}
-        row["names"] = [name.replace("/", ".") for name, _ in net.named_children()]
+        row["names"] = [name.replace("/", ".") for name in net._modules]
         if isinstance(result, Selection):
             choice, result = result, result.result
             row |= record(result) | {
@@ -535,7 +538,7 @@ def source_network(run: Run, args) -> nn.Sequential:
         write(path, saved({"net": state, "md5": md5(*state, *state.values())}))
         flextune.show("")
     net.load_state_dict(state)
-    own = flextune.accuracy(net, domain["test"])
+    own = flextune.accuracy(net, domain["test"], Settings(device=args.device))
     print(f"{family.source}: {family.network} network, {own:.3f} on its own test images")
     return net
 
@@ -563,7 +566,7 @@ def source_gallery(pair: tuple[str, str], root: Path | None) -> shifts.Data:
 
 # ---------------------------------------------------------------- tables
 #
-# Rows are grouped by scenario (source, target, ratio, data), and then by method.
+# They and the figures are made of the result rows alone, grouped by scenario and then by method.
 
 BUILT_IN = "BUILT-IN DATA: drawn by shifts.py, no figure compares with the paper's"
 DATA = {"real": "real data", "built-in": BUILT_IN}
@@ -762,13 +765,6 @@ def print_table_4(groups: Groups) -> None:
 # ---------------------------------------------------------------- figures
 
 
-def draw_figures(groups: Groups, folder: Path) -> None:
-    """Figures 1, 2 and 3 as PNG files, from the result rows alone."""
-    for name, figure in (*figures_1(groups), *figures_2(groups), *figures_3(groups)):
-        figure.savefig(folder / f"{name}.png", dpi=150)
-        print(folder / f"{name}.png")
-
-
 def canvas(width: float, height: float, rows: int = 1, columns: int = 1):
     """A figure of matplotlib's, in inches, and its axes [rows, columns]."""
     os.environ.pop("MPLBACKEND", None)  # a notebook's, which is not needed and may not be there
@@ -787,12 +783,13 @@ def figures_1(groups: Groups):
     for (source, target, data, network), ratios in targets.items():
         figure, ((axes,),) = canvas(7, 4)
         for number, (ratio, rows) in enumerate(ratios.items()):
-            units, names = [*rows[0]["candidates"]], [*rows[0]["names"], "all"]
+            *units, _ = candidates = [*rows[0]["candidates"]]
+            names = [*(rows[0]["names"][int(unit) - 1] for unit in units), "all"]
             for split, line in (("test", "--"), ("val", "-")):
-                a = [average([row["candidates"][u] for row in rows], split) for u in units]
+                a = [average([row["candidates"][u] for row in rows], split) for u in candidates]
                 axes.plot(names, a, line, color=f"C{number}", label=f"{split}, ratio {ratio}")
             ((pick, _),) = Counter(row["chosen"] for row in rows).most_common(1)
-            place = units.index(pick)
+            place = candidates.index(pick)
             axes.plot(place, a[place], "v", color="blue", markersize=9)
         axes.set(title=f"{source} → {target}, {network}, {data} data", ylabel="accuracy")
         axes.tick_params(axis="x", rotation=45)
@@ -812,10 +809,10 @@ def ranks_and_picks(groups: Groups) -> dict:
         if "flex" not in methods:
             continue
         *units, _ = columns = [*methods["flex"][0]["candidates"]]
-        nothing = [0] * len(units), {method: set() for method in SELECTIONS}
+        nothing = dict.fromkeys(units, 0), {method: set() for method in SELECTIONS}
         sums, picks = panels[source, network, data].setdefault(target, nothing)
-        tests = [average([row["candidates"][u] for row in methods["flex"]]) for u in units]
-        sums[:] = [total + sum(a > b for b in tests) for total, a in zip(sums, tests)]
+        tests = {u: average([row["candidates"][u] for row in methods["flex"]]) for u in units}
+        sums.update({u: sums[u] + sum(a > b for b in tests.values()) for u, a in tests.items()})
         for method in SELECTIONS:
             name = "best" if method == "fast-flex" else "chosen"
             for unit, _ in Counter(row[name] for row in methods.get(method, ())).most_common(1):
@@ -831,15 +828,16 @@ def figures_2(groups: Groups):
     figure, axes = canvas(7, 3 * len(panels), len(panels))
     for ((source, network, data), targets), (ax,) in zip(panels.items(), axes):
         ranks, picks = zip(*targets.values())
-        shades = [[*(total / max(1, *sums) for total in sums), 0] for sums in ranks]
+        shades = [
+            [*(total / max(1, *sums.values()) for total in sums.values()), 0] for sums in ranks
+        ]
         ax.imshow(shades, cmap="Greys", vmin=0, vmax=1.5, aspect="auto")
         for place, (method, color) in enumerate(zip(SELECTIONS, ("blue", "green", "red"))):
             at = [(x + place / 4 - 0.25, y) for y, mine in enumerate(picks) for x in mine[method]]
             name = method + " (line 7)" * (method == "fast-flex")
             ax.plot([x for x, _ in at], [y for _, y in at], "^", color=color, label=name)
-        units = len(ranks[0])
         ax.set_yticks(range(len(targets)), targets)
-        ax.set_xticks(range(units + 1), [*range(1, units + 1), "all\n(no rank)"])
+        ax.set_xticks(range(len(ranks[0]) + 1), [*ranks[0], "all\n(no rank)"])
         ax.set_title(f"{source}, {network} network, {data} data (darker: better)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     yield "figure-2", figure
@@ -934,18 +932,12 @@ def whole(text: str, least: int = 1) -> int:
     return int(text)
 
 
-def device(text: str) -> str:
-    try:
-        return torch.empty(0, device=text) is None or text
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from error
-
-
-def network(text: str) -> tuple[str, Callable[[], nn.Sequential]]:
-    """The name and the function of FILE:FUNCTION."""
+def network(text: str) -> tuple[str, Callable[[], nn.Sequential], bytes]:
+    """The name and the function of FILE.py:FUNCTION, and what is in the file."""
     file, _, function = text.rpartition(":")
     try:
-        return f"{Path(file).stem}:{function}", runpy.run_path(file)[function]
+        code = Path(file).read_bytes()
+        return f"{Path(file).stem}:{function}", runpy.run_path(file)[function], code
     except Exception as error:
         raise argparse.ArgumentTypeError(f"{text}: {error!r}, not FILE.py:FUNCTION") from error
 
@@ -974,7 +966,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--table", "default: 3, if no --target", nargs="+", type=int, choices=TABLES, default=[])
     add("--figures", "folder to draw the paper's figures in (needs matplotlib)", type=Path)
     add("--data", "folder of real data, or builtin; default: data/, else built-in", type=str)
-    add("--device", "cpu, cuda or cuda:N; default: CUDA where there is one", type=device)
+    add("--device", "cpu, cuda or cuda:N; default: CUDA where there is one", type=str)
     add("--out", "folder of the results; default: results", type=Path, default=Path("results"))
     add("--save", "train, and write the network of flex, or else the last method", type=Path)
     add("--list", "show all scenarios, and their data")
@@ -1008,17 +1000,12 @@ def print_scenarios(pairs: list[tuple[str, str]], data: str | None) -> None:
         if data != "builtin":
             there = {
                 name: shifts.ORIGINS[name].there(Path(data or "data"))
-                for name in needed(pair, family)
+                for name in [*shifts.needs(*pair), *family.files]
             }
             found = (f"{name} {'there' if is_ else 'missing'}" for name, is_ in there.items())
         top_k, ratios = family.tuning.top_k, " ".join(map(str, family.ratios))
         table.append([pair[0], family.network, pair[1], ratios, f"top-{top_k}", ", ".join(found)])
     print_columns(table, left=len(table[0]))
-
-
-def needed(pair: tuple[str, str], family: Family) -> list[str]:
-    """The data sets of a scenario, and the weights of its network."""
-    return shifts.needs(*pair) + ["inception2"] * (family.network == "Inception2")
 
 
 def plan(pairs: list[tuple[str, str]], args) -> list[Run]:
@@ -1029,7 +1016,9 @@ def plan(pairs: list[tuple[str, str]], args) -> list[Run]:
         mine = runs_of(pair, root, args)
         if root and any(missing(run, args) for run in mine):
             try:
-                shifts.provide(needed(pair, mine[0].family), root, partial(progress, 0))
+                shifts.provide(
+                    [*shifts.needs(*pair), *mine[0].family.files], root, partial(progress, 0)
+                )
             except shifts.MissingError as error:
                 if args.data:
                     raise
@@ -1044,12 +1033,11 @@ def runs_of(pair: tuple[str, str], root: Path | None, args) -> list[Run]:
     family, runs = SCENARIOS[pair], []
     family = family if root else replace(family, **family.built_in)
     if args.network:
-        name, build = args.network
+        name, build, code = args.network
         if family.weights and not root:
             raise ValueError("--network: in the place of Inception2 it needs real data (--data)")
-        family = replace(
-            family, network=name, build=build, weights=family.weights and (lambda root: build())
-        )
+        weights = family.weights and (lambda root: build())
+        family = replace(family, network=name, build=build, weights=weights, files=(), code=(code,))
     methods = [method for method in METHODS if method in (args.methods or METHODS)]
     if pair[0] == "ilsvrc" and not args.methods:
         methods.remove("ft-fc-2")  # the paper tunes one last unit alone
@@ -1093,7 +1081,7 @@ def run_scenarios(pairs: list[tuple[str, str]], args) -> None:
     for folder in filter(None, (args.out, args.figures, args.save and args.save.parent)):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    if RANK:
+    if RANK:  # rank 0 downloads, then the others see what is there
         reached("planned", range(1))
     runs = plan(pairs, args)
     if RANK == 0:
@@ -1132,8 +1120,10 @@ def show(groups: Groups, args) -> None:
         print_scenario(scenario, methods)
     for table in args.table or [3] * (not args.target):
         TABLES[table](groups)
-    if args.figures:
-        draw_figures(groups, args.figures)
+    for draw in (figures_1, figures_2, figures_3) if args.figures else ():
+        for name, figure in draw(groups):
+            figure.savefig(args.figures / f"{name}.png", dpi=150)
+            print(args.figures / f"{name}.png")
     print(f"\nevery figure, candidate and history: {args.out}/*.json")
     if args.save:
         print(f"the network is in {args.save}")
@@ -1147,7 +1137,7 @@ def main(argv: list[str] | None = None) -> None:
         ctypes.CDLL(None).mallopt(-1, -1)
     if TORCHRUN and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # a sum depends on the threads: the same for any number of ranks
-    status, problem = 2, ""
+    status, problem, args = 2, "", None
     try:
         args = parse(argv)
         if args.device in (None, "cuda") and torch.cuda.is_available() and RANKS > 1:
@@ -1161,9 +1151,7 @@ def main(argv: list[str] | None = None) -> None:
         status, problem = 130, "interrupted; finished runs are in the folder of results"
     except (OSError, MemoryError, RuntimeError, ValueError) as error:
         problem = f"error: {error}"
-        if re.search(
-            "out ?of ?memory|allocate|MemoryError|create a primitive", repr(error)
-        ):  # torch has several
+        if args and re.search("out ?of ?memory|allocate|MemoryError|a primitive", repr(error)):
             problem = f"error: out of memory: try less than --cache-gib {args.cache_gib}"
         elif type(error) is RuntimeError:
             raise

@@ -526,6 +526,7 @@ X, Y = images(8, seed=0)
         ({"net": tied()}, "two of them share some"),
         ({"net": nn.Sequential(nn.Flatten())}, "have no parameters"),
         ({"units": 0}, "0: the units that can be tuned are 1, 2, 4, 5"),
+        ({"units": [[5]]}, "units [[5]]: unhashable"),
         ({"units": [5, 6]}, "the units that can be tuned are 1, 2, 4, 5"),
         ({"units": 3}, "3: the units that can be tuned are 1, 2, 4, 5"),
         ({"units": "fc"}, "fc: the units that can be tuned are 1, 2, 4, 5"),
@@ -818,6 +819,12 @@ def test_ft_ss_tunes_scales_shifts_and_the_last_unit(source, train, val):
     for mine, theirs in ((net[0][1], source[0][1]), (net[1][1], source[1][1])):
         assert same(mine, theirs)  # BatchNorm: affine parameters and statistics
     assert not same(net[4], source[4])
+
+
+def test_ft_ss_keeps_the_statistics_whatever_the_settings_say(source, train, val):
+    result = flextune.ft_ss(Task(source, train, val, replace(FAST, batch_statistics=True)))
+    assert same(result.net[0][1], source[0][1])
+    assert result.accuracy == flextune.accuracy(result.net, val)
 
 
 def test_ft_ss_starts_from_the_source(source, train, val):
@@ -2151,7 +2158,7 @@ def test_figure_2_sums_the_ranks_over_the_ratios(capsys):
     ((panel, targets),) = run_all.ranks_and_picks(run_all.grouped(rows)).items()
     assert panel == ("mnist", "4-layer", "real")
     ranks, picks = targets["blurry"]
-    assert ranks == [1 + 2, 3 + 0, 2 + 2, 0 + 1]  # how many units are below each
+    assert ranks == {"1": 1 + 2, "2": 3 + 0, "3": 2 + 2, "4": 0 + 1}  # how many are below each
     assert picks == {"flex": {1, 4}, "fast-flex": {2}, "faster-flex": set()}
 
 
@@ -2407,7 +2414,7 @@ def test_benchmark(quick, capsys):
         (f"{ONE} --save /dev/full", "--save: name a file"),
         (f"{ONE} --runs 2 --save net.pt", "--save: name a file, and one --target"),
         (f"{ONE} --cache-gib -1", "--cache-gib: must be a whole number from 0"),
-        (f"{ONE} --device cuda:99", "argument --device: "),
+        ("--source allocate", "argument --source: invalid choice: 'allocate'"),
         ("--methods flexing", "invalid choice: 'flexing'"),
     ],
 )
@@ -2419,7 +2426,8 @@ NETWORKS = """
 from torch import nn
 
 def build():
-    return nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.ReLU()), nn.Linear(16, 10))
+    first = nn.Sequential(nn.Flatten(), nn.Linear(784, 16))
+    return nn.Sequential(first, nn.ReLU(), nn.Linear(16, 10))
 
 def few():
     return nn.Sequential(nn.Flatten(), nn.Linear(784, 3))
@@ -2432,6 +2440,8 @@ def module():
 @pytest.mark.parametrize(
     "command, message",
     [
+        (f"{ONE} --device cuda:99", "device cuda:99: "),
+        (f"{ONE} --device gpu", "device gpu: "),
         (f"{ONE} --network none.py:build", "none.py:build: FileNotFoundError"),
         (f"{ONE} --network net.py", "net.py: "),
         (f"{ONE} --network net.py:other", "net.py:other: KeyError('other')"),
@@ -2441,7 +2451,7 @@ def module():
         ("--target sketch --data builtin --network net.py:build", "it needs real data (--data)"),
     ],
 )
-def test_a_network_that_cannot_be_used_is_a_line(quick, capsys, command, message):
+def test_a_device_or_network_that_cannot_be_used_is_a_line(quick, capsys, command, message):
     Path("net.py").write_text(NETWORKS)
     Path("broken.py").write_text("def build(:")
     with pytest.raises(SystemExit) as caught:
@@ -2452,13 +2462,15 @@ def test_a_network_that_cannot_be_used_is_a_line(quick, capsys, command, message
 
 def test_another_network(quick, capsys, mnist):
     Path("net.py").write_text(NETWORKS)
-    quick(
-        f"--source mnist --target blurry --ratio 30 --runs 1 --data {mnist} --network net.py:build"
-    )
+    command = f"--source mnist --target blurry --ratio 30 --runs 1 --data {mnist}"
+    quick(f"{command} --network net.py:build --figures figures")
     out = capsys.readouterr().out
     assert "mnist: net:build network" in out and "paper" not in out
     assert {row["network"] for row in results()} == {"net:build"}
-    assert results()[5]["candidates"].keys() == {"1", "2", "all"}
+    assert results()[5]["candidates"].keys() == {"1", "3", "all"}
+    Path("net.py").write_text(NETWORKS + "# changed")  # is another network
+    quick(f"{command} --network net.py:build --methods source")
+    assert len(results()) == 9
 
 
 def test_pacs_takes_rows_of_the_last_layer_of_any_network():
@@ -2840,6 +2852,8 @@ def test_split_refuses_what_it_cannot_give():
         flextune.split(model, PIXELS)
     with pytest.raises(ValueError, match="cannot be split .*: write the nn.Sequential, and assert"):
         flextune.split(ResNet(), WORDS)
+    with pytest.raises(ValueError, match="the model has no modules of these names: layer9"):
+        flextune.split(ResNet(), PIXELS, "layer9")
 
 
 # ---------------------------------------------------------------- README
