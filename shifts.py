@@ -225,11 +225,6 @@ def shrink(x: torch.Tensor, draw: torch.Generator, borders: Callable) -> torch.T
     return _resized(_mirrored(x, borders(x.shape[2])), x.shape[2])
 
 
-def stretching(side: int) -> list[int]:
-    """1, 2, 4, ... 64 pixels of 224: near the image its edge looks stretched."""
-    return [2**n for n in range(8) if 2**n <= side * 2 / 7]
-
-
 def _mirrored(x: torch.Tensor, borders: list[int]) -> torch.Tensor:
     for border in borders:
         place = torch.arange(-border, x.shape[2] + border) % (2 * x.shape[2])
@@ -289,7 +284,9 @@ SHIFTS = {
     ("ilsvrc", "hsv"): hsv,
     ("ilsvrc", "rotation"): partial(rotate, angle=0.6),
     ("ilsvrc", "scaling-symmetric"): partial(shrink, borders=lambda side: [int(side * 0.4)]),
-    ("ilsvrc", "scaling-stretch"): partial(shrink, borders=stretching),
+    ("ilsvrc", "scaling-stretch"): partial(  # 1, 2, 4, ... 64 pixels of 224: it looks stretched
+        shrink, borders=lambda side: [2**n for n in range(8) if 2**n <= side * 2 / 7]
+    ),
 }
 
 
@@ -350,11 +347,8 @@ class Archive:
 
 QUICKDRAW = ("airplane", "car", "bird", "cat", "dog", "frog", "horse", "cruise ship", "truck")
 QUICKDRAW_ROWS = 10000  # drawings used of each class
-PACS = {  # domain: its folder, and the number of its images, persons included
-    "art": ("art_painting", 2048),
-    "cartoon": ("cartoon", 2344),
-    "sketch": ("sketch", 3929),
-}
+# Domain: its folder, and the number of its images, persons included.
+PACS = {"art": ("art_painting", 2048), "cartoon": ("cartoon", 2344), "sketch": ("sketch", 3929)}
 ORIGINS = {
     "mnist": Files(
         "https://ossci-datasets.s3.amazonaws.com/mnist/",

@@ -1069,7 +1069,8 @@ def test_mirrored_borders_and_their_sizes():
     assert one == [40, 20, *row.tolist(), 160, 140]
     two = shifts._mirrored(x, [1, 2])[0, 0, 5].tolist()  # one after the other: it stretches
     assert two == [20, 20, 20, *row.tolist(), 160, 160, 160]
-    assert shifts.stretching(224) == [1, 2, 4, 8, 16, 32, 64]
+    borders = shifts.SHIFTS["ilsvrc", "scaling-stretch"].keywords["borders"]
+    assert borders(224) == [1, 2, 4, 8, 16, 32, 64]
     for target, scale in (("scaling-symmetric", 402 / 224), ("scaling-stretch", 478 / 224)):
         square = torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
         square[..., 92:132, 92:132] = 255  # forty pixels in the middle
