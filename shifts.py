@@ -267,7 +267,7 @@ def _by_chunks(shift, x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tenso
     )
 
 
-SHIFTS = {
+SHIFTS = {  # by source and target; sizes and strengths are those of the authors' code
     ("mnist", "blurry"): partial(blur, taps=8, sigma=1.0),
     ("mnist", "occluded"): occlude,
     ("mnist", "mnist-m"): photo_background,
