@@ -534,7 +534,15 @@ def split(model: nn.Module, x: torch.Tensor, units: int | Iterable[str] = 1) -> 
 
 def original(net: nn.Sequential) -> dict[str, torch.Tensor]:
     """The state of a network that was split, by the names of the model that it was split from."""
-    return {name.split(".body.", 1)[1]: tensor for name, tensor in net.state_dict().items()}
+    theirs = net.state_dict()
+    state = OrderedDict((name.split(".body.", 1)[1], tensor) for name, tensor in theirs.items())
+    versions = sorted(theirs._metadata.items(), key=lambda pair: pair[1].get("version", 0))
+    state._metadata = {  # the versions of modules, which some look at when they load
+        f"{name}.".split(".body.", 1)[1][:-1]: version
+        for name, version in versions
+        if ".body" in name
+    }
+    return state
 
 
 @torch.no_grad()

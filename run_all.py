@@ -937,7 +937,7 @@ def network(text: str) -> tuple[str, Callable[[], nn.Sequential], bytes]:
     file, _, function = text.rpartition(":")
     try:
         code = Path(file).read_bytes()
-        return f"{Path(file).stem}:{function}", runpy.run_path(file)[function], code
+        return f"{Path(file).stem}.{function}", runpy.run_path(file)[function], code
     except Exception as error:
         raise argparse.ArgumentTypeError(f"{text}: {error!r}, not FILE.py:FUNCTION") from error
 

@@ -2466,8 +2466,8 @@ def test_another_network(quick, capsys, mnist):
     command = f"--source mnist --target blurry --ratio 30 --runs 1 --data {mnist}"
     quick(f"{command} --network net.py:build --figures figures")
     out = capsys.readouterr().out
-    assert "mnist: net:build network" in out and "paper" not in out
-    assert {row["network"] for row in results()} == {"net:build"}
+    assert "mnist: net.build network" in out and "paper" not in out
+    assert {row["network"] for row in results()} == {"net.build"}
     assert results()[5]["candidates"].keys() == {"1", "3", "all"}
     Path("net.py").write_text(NETWORKS + "# changed")  # is another network
     quick(f"{command} --network net.py:build --methods source")
@@ -2765,6 +2765,12 @@ class ResNet(nn.Module):
 
 class Tokens(nn.Module):
     """A small transformer: weights of its own, a loop over blocks, branches on shapes, a dict."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, metadata, *others):
+        assert metadata["version"] == 2  # as torchvision's MNASNet does
+        super()._load_from_state_dict(state, prefix, metadata, *others)
 
     def __init__(self):
         super().__init__()
