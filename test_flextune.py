@@ -2659,6 +2659,7 @@ def test_no_file_fills_the_memory(tmp_path, monkeypatch):
             shifts._unpack(tmp_path / "archive", archive, tmp_path / "data")
     (tmp_path / "net.pt").write_bytes(zipped({"archive/data.pkl": bytes(1 << 20)}))
     assert run_all.read_network(tmp_path / "net.pt") is None
+    monkeypatch.setattr(shifts, "MOST", 1 << 20)
     (tmp_path / "a.png").write_bytes(photo_file("red", (9000, 9000)))
     with pytest.raises(shifts.DataError, match="pixels"):
         shifts.read_image(tmp_path / "a.png")
