@@ -9,10 +9,9 @@ This file needs PyTorch alone, so it can be copied into any project:
 
 The network N = N_L o ... o N_1 is an `nn.Sequential` whose children are its units, numbered 1 to L
 from the input. It gives logits [N, classes]. x [N, ...] is uint8 (enters the network as x / 255),
-float, or int64 tokens; y is int64 [N]. No function changes what it is given. A network keeps its
-memory layout: for convolutions `net.to(memory_format=torch.channels_last)` is the faster one.
-Training seeds PyTorch's global random generators and puts their state back: another thread sees
-that. Whatever cannot be worked with is a ValueError.
+float, or int64 tokens; y is int64 [N]. No function changes what it is given. For convolutions
+`net.to(memory_format=torch.channels_last)` is the faster layout. Training seeds PyTorch's global
+random generators and puts their state back. Whatever cannot be worked with is a ValueError.
 """
 
 from __future__ import annotations
@@ -81,9 +80,7 @@ class Selection:
     """What a selection algorithm chose, and all that it looked at."""
 
     chosen: int | str  # N_flex: a unit, or "all"
-    best: (
-        int | str
-    )  # the arg max (lines 7, 7, 6 of Algorithms 1, 2, 3); line 10 of 2 comes after it
+    best: int | str  # the arg max: lines 7, 7 and 6; line 10 of Algorithm 2 comes after it
     tuned: dict[int | str, Result]  # every network fine-tuned on the way
     proxies: dict[int, float] = field(default_factory=dict)  # each unit's, on the validation set
 
@@ -261,15 +258,12 @@ def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None
                 images = task.enter(x[batch], shared)
                 with torch.autocast(x.device.type, torch.bfloat16, settings.bfloat16):
                     images = settings.augment(images) if settings.augment else images
-                    logits = _through(net[shared:], images)  # (B, classes)
+                    logits = _through(net, images, shared)  # (B, classes)
                 loss = settings.loss(logits.float() if settings.bfloat16 else logits, y[batch])
-                if loss.requires_grad:
+                if loss.requires_grad:  # unless the units left this batch out
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
-            if all(weight.grad is None for weight in tuned.parameters()):
-                what = "no gradient reaches it: is there a no_grad or rounding?"
-                raise ValueError(f"unit {label(net, *numbers)}: {what}")
             if epoch % settings.check_every and epoch < last:
                 continue
             if diverged := any(not weight.isfinite().all() for weight in tuned.parameters()):
@@ -285,6 +279,8 @@ def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None
                 stale += 1
                 if stale == settings.patience:
                     break
+    if not optimizer.state:
+        raise ValueError(f"unit {label(net, *numbers)}: no gradient reaches it (a no_grad inside?)")
     for number, unit in zip(numbers, state.eval()):
         net[number - 1] = unit
     trained, seconds = sum(w.numel() for w in state.parameters()), time.perf_counter() - start
@@ -294,12 +290,9 @@ def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None
 
 def show(text: str) -> None:
     """A line of progress on standard error, rewritten on a terminal: `Task(..., report=show)`."""
-    if sys.stderr and sys.stderr.isatty():
-        text = f"\r{text[: shutil.get_terminal_size().columns - 1]}\x1b[K"
-    elif text:
-        text += "\n"
-    if sys.stderr:
-        print(text, end="", file=sys.stderr, flush=True)
+    terminal, width = sys.stderr.isatty(), shutil.get_terminal_size().columns
+    line = f"\r{text[: width - 1]}\x1b[K" if terminal else f"{text}\n" * bool(text)
+    print(line, end="", file=sys.stderr, flush=True)
 
 
 @dataclass(eq=False)
@@ -319,16 +312,15 @@ class Task:
 
     def __post_init__(self):
         candidates(self.net)
-        with _refused("train and val must be pairs of tensors, x and int64 labels [N]"):
+        with _refused(
+            "train and val must be (x, y): x uint8, float or int64 [N, ...], y int64 [N]"
+        ):
             for x, y in (self.train, self.val):
-                if y.dtype != torch.int64 or y.shape != x.shape[:1] or not len(y):
-                    raise ValueError(f"x is {[*x.shape]}, y {[*y.shape]} {y.dtype}")
-                if x.dtype not in (torch.uint8, torch.int64) and not x.is_floating_point():
-                    raise ValueError(f"x is {x.dtype}, not uint8, float or (tokens) int64")
-                if not x.isfinite().all():
-                    raise ValueError("x has NaN or infinite values")
-            if self.train[0].shape[1:] != self.val[0].shape[1:]:
-                raise ValueError("images for training and validation differ in size")
+                fits = x.is_floating_point() or x.dtype in (torch.uint8, torch.int64)
+                if not fits or y.dtype != torch.int64 or y.shape != x.shape[:1] or not len(y):
+                    raise ValueError(f"x is {x.dtype} {[*x.shape]}, y {y.dtype} {[*y.shape]}")
+                if not x.isfinite().all() or x.shape[1:] != self.train[0].shape[1:]:
+                    raise ValueError("x has NaN or infinite values, or images of another size")
         device = self.settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.net = copied(self.net)
         with _refused(f"device {device}"):
@@ -337,7 +329,7 @@ class Task:
         both = ((x.detach(), y) for x, y in (self.train, self.val))
         self.train, self.val = ([tensor.to(self.like.device) for tensor in data] for data in both)
         self.results: dict[tuple, Result] = {}
-        self._outputs = {"train": (0, self.train[0]), "val": (0, self.val[0])}
+        self._outputs: dict[str, tuple[int, torch.Tensor]] = {}
         with self.reproducible():
             self._try_out()
         self.source_accuracy = self.accuracy(self.net)
@@ -345,11 +337,11 @@ class Task:
     def numbers(self, units: int | str | Iterable) -> tuple[int, ...]:
         """Units, by number or name or "all", as sorted numbers."""
         every, can = range(1, len(self.net) + 1), candidates(self.net)
-        names = [name.replace("/", ".") for name in self.net._modules]
+        named = {label(self.net, unit).partition(" ")[2]: unit for unit in every}
         one = isinstance(units, str) or not isinstance(units, Iterable)
         wanted = every if units == "all" else [units] if one else units
         with _refused(f"units {units}"):
-            numbers = {names.index(unit) + 1 if unit in names else unit for unit in wanted}
+            numbers = {named.get(unit, unit) for unit in wanted}
         if not numbers <= set(every) or not numbers & set(can):
             known = ", ".join(label(self.net, unit) for unit in can)
             raise ValueError(f"{units}: the units that can be tuned are {known}")
@@ -365,12 +357,12 @@ class Task:
         images, (x, _) = len(self.train[1]) + len(self.val[1]), getattr(self, name)
         sizes = [size * images for size in self.image_bytes[: most + 1]]
         n = max(n for n, size in enumerate(sizes) if size <= max(0, self.settings.cache_bytes))
-        if n == 0:
-            return 0, x
-        done, x = self._outputs[name] if self._outputs[name][0] <= n else (0, x)
+        done, kept = self._outputs.get(name, (0, x))
+        if done > n:
+            done, kept = 0, x
         if done < n:
-            self._outputs[name] = n, self.run(self.net[done:n], x, done)
-        return self._outputs[name]
+            self._outputs[name] = done, kept = n, self.run(self.net[:n], kept, done)
+        return done, kept
 
     def right(self, net: nn.Sequential, shared: int = 0) -> torch.Tensor:
         """Is each image of D_val right? bool [N]. The `shared` lowest units of `net` are N's.
@@ -378,25 +370,22 @@ class Task:
         Of equal logits the first counts as larger, as for `argmax`. NaN are never right.
         """
         n, x = self.outputs("val", shared)
-        if any(module.training for unit in net for module in unit.modules()):
-            net = copied(net)
-        logits, y = self.run(net[n:], x, n), self.val[1][:, None]  # (N, classes), (N, 1)
-        own, place = logits.gather(1, y), torch.arange(logits.shape[1], device=y.device)
-        ahead = (logits > own) | ((logits == own) & (place < y))  # (N, classes)
-        return (ahead.sum(1) < self.settings.top_k) & ~logits.isnan().any(1)
+        logits = self.run(net, x, n)  # (N, classes)
+        largest = logits.argsort(dim=1, descending=True, stable=True)[:, : self.settings.top_k]
+        return (largest == self.val[1][:, None]).any(1) & ~logits.isnan().any(1)
 
     def accuracy(self, net: nn.Sequential, shared: int = 0) -> float:
         """Top-k accuracy of `net` on D_val, in [0, 1]. Its `shared` lowest units are N's."""
         return self.right(net, shared).double().mean().item()
 
     @torch.no_grad()
-    def run(self, net: Callable, x: torch.Tensor, n: int = 0) -> torch.Tensor:
-        """What `net` makes of all of x, which `n` units have seen, in parts of about 128."""
+    def run(self, net: nn.Sequential, x: torch.Tensor, n: int = 0) -> torch.Tensor:
+        """What `net` makes of all of x, which its lowest n units have seen, 128 or so at a time."""
         parts = x.tensor_split(math.ceil(len(x) / 128))  # of one image only if there is one
-        return torch.cat([_through(net, self.enter(part, n)) for part in parts])
+        return torch.cat([_through(net, self.enter(part, n), n) for part in parts])
 
     def enter(self, x: torch.Tensor, n: int = 0) -> torch.Tensor:
-        """A batch of x, which `n` units have seen, for the next: a copy, which it may overwrite.
+        """A batch of x, which n units have seen, for the next: a copy, which it may overwrite.
 
         Images get the network's precision, uint8 as x / 255. Tokens, and what units hand on, stay.
         """
@@ -406,55 +395,52 @@ class Task:
 
     @contextlib.contextmanager
     def reproducible(self):
-        """Dropout from the seed and, on CUDA, the same kernels every time. Then all is put back.
+        """Random numbers from the seed and, on CUDA, the same kernels. Then all is put back.
 
         With a recurrent layer there is no cuDNN: it refuses to go back through a frozen one.
         """
-        device, cudnn = self.like.device, torch.backends.cudnn
         recurrent = any(isinstance(module, nn.RNNBase) for module in self.net.modules())
-        before = cudnn.enabled, cudnn.benchmark, cudnn.deterministic
-        with torch.random.fork_rng(devices=[device] * (device.type == "cuda")):
-            torch.default_generator.manual_seed(self.settings.seed)
-            if device.type == "cuda":
-                torch.cuda.default_generators[device.index].manual_seed(self.settings.seed)
+        cudnn = torch.backends.cudnn
+        before = cudnn.enabled, cudnn.deterministic
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            torch.manual_seed(self.settings.seed)
             try:
-                cudnn.enabled, cudnn.benchmark = before[0] and not recurrent, False
-                cudnn.deterministic = True
+                cudnn.enabled, cudnn.deterministic = before[0] and not recurrent, True
                 yield
             finally:
-                cudnn.enabled, cudnn.benchmark, cudnn.deterministic = before
+                cudnn.enabled, cudnn.deterministic = before
 
     @torch.no_grad()
     def _try_out(self) -> None:
         """Find out on two images what cannot be worked with, and what an image takes after each
         number of units: `image_bytes`, infinite where the outputs are not one tensor of images."""
-        (x, y), net, self.image_bytes = self.train, self.net, [0]
+        (x, y), self.image_bytes = self.train, [0]
         one, two = self.enter(x[:1]), self.enter(x[[0, -1]])
-        for n in range(len(net)):
-            unit = net[n : n + 1]
-            two, *again = (_through(unit, copy.deepcopy(two)) for _ in range(8))
+        for done, unit in enumerate(self.net):
+            up_to = self.net[: done + 1]
+            two, *again = (_through(up_to, copy.deepcopy(two), done) for _ in range(8))
             if torch.is_tensor(two) and not all(
                 two.nan_to_num().equal(other.nan_to_num()) for other in again
             ):
                 what = "is random in evaluation mode: frozen, it would run once"
-                raise ValueError(f"unit {label(net, n + 1)} {what}")
-            with contextlib.suppress(Exception):  # some units take no single image
+                raise ValueError(f"unit {label(self.net, done + 1)} {what}")
+            kept = False
+            with contextlib.suppress(Exception):  # not a tensor, or it takes no single image
                 one = unit(one)
-            kept = torch.is_tensor(two) and torch.is_tensor(one) and len(one) == 1
-            kept = kept and two.shape == (2, *one.shape[1:])
+                kept = len(one) == 1 and two.shape == torch.cat([one, one]).shape
             self.image_bytes.append(one.nbytes if kept else math.inf)
         classes, labels = two.shape[1], torch.cat([y, self.val[1]])
         if not 0 <= labels.min() <= labels.max() < classes or self.settings.top_k > classes:
             raise ValueError(f"labels and top_k must fit the network's {classes} classes")
-        small = copy.copy(self)  # a training as it will be, with the smallest batch to come
+        small = copy.copy(self)  # for trainings as they will be, of the smallest batch to come
         few = 1 if len(x) % self.settings.batch_size == 1 else 2
         small.train = small.val = x[:few], y[:few]
-        small._outputs = {name: (0, x[:few]) for name in ("train", "val")}
-        small.results, small.report, small.source_accuracy = {}, lambda text: None, 0.0
+        small.results, small._outputs, small.source_accuracy = {}, {}, 0.0
+        small.report = lambda text: None
         try:
             fine_tune(small, "all", epochs=1)
         except Exception:
-            for unit in reversed(candidates(self.net)):  # which is it?
+            for unit in reversed(candidates(self.net)):  # the highest that fails is at fault
                 with _refused(f"unit {label(self.net, unit)}, in training"):
                     fine_tune(small, unit, epochs=1)
             raise
@@ -475,17 +461,17 @@ def label(net: nn.Sequential, *units: int | str) -> str:
 
 def copied(net: nn.Sequential) -> nn.Sequential:
     """A frozen copy in evaluation mode, unit by unit: two may share a dropout that one has on."""
-    units = OrderedDict()
+    frozen = nn.Sequential()
     for number, (name, unit) in enumerate(net._modules.items(), 1):
         with _refused(f"unit {label(net, number)}"):
-            units[name] = copy.deepcopy(unit).requires_grad_(False)
-    return nn.Sequential(units).eval()
+            frozen.add_module(name, copy.deepcopy(unit).requires_grad_(False))
+    return frozen.eval()
 
 
-def _through(net: nn.Sequential, x):
-    """net(x). What goes wrong is a ValueError that names the unit."""
-    for name, unit in net._modules.items():
-        with _refused(f"unit {int(name) + 1 if name.isdigit() else name.replace('/', '.')}"):
+def _through(net: nn.Sequential, x, done: int = 0):
+    """What `net` makes of x, which its lowest `done` units have seen. Errors name the unit."""
+    for number, unit in enumerate(net[done:], done + 1):
+        with _refused(f"unit {label(net, number)}"):
             x = unit(x)
     return x
 
