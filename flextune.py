@@ -192,7 +192,7 @@ def ft_ss(task: Task) -> Result:
     have a shift of each output, starting at 0. Everything else, BatchNorm too, stays as it is.
     In the returned network they are multiplied and added into the weights and biases.
     """
-    scaled, last = copied(task.net), candidates(task.net)[-1]
+    scaled, last = copy.deepcopy(task.net), candidates(task.net)[-1]
     for layer in list(scaled[: last - 1].modules()):
         for name, weight in list(layer.named_parameters(recurse=False)):
             delattr(layer, name)
@@ -204,7 +204,7 @@ def ft_ss(task: Task) -> Result:
             parametrize.register_parametrization(layer, "weight", _Scale(layer.weight))
     settings = replace(task.settings, batch_statistics=False)
     result = fine_tune(replace(task, net=scaled, settings=settings), "all")
-    plain = copied(surgery(task.net, result.net, last))
+    plain = copy.deepcopy(surgery(task.net, result.net, last))
     for name, layer in result.net[: last - 1].named_modules():
         if hasattr(layer, "parametrizations") and "bias" in layer._parameters:
             plain.get_submodule(name).weight = nn.Parameter(layer.weight.detach())
@@ -322,9 +322,13 @@ class Task:
                 if not x.isfinite().all() or x.shape[1:] != self.train[0].shape[1:]:
                     raise ValueError("x has NaN or infinite values, or images of another size")
         device = self.settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.net = copied(self.net)
+        given, self.net = self.net, nn.Sequential()
+        for number, (name, unit) in enumerate(given._modules.items(), 1):
+            with _refused(f"unit {label(given, number)}"):
+                # Each by itself: two units may share a dropout layer, which is on in one alone.
+                self.net.add_module(name, copy.deepcopy(unit).requires_grad_(False))
         with _refused(f"device {device}"):
-            self.net.to(device)
+            self.net.eval().to(device)
         self.like = next(self.net.parameters())  # has the network's device and precision
         both = ((x.detach(), y) for x, y in (self.train, self.val))
         self.train, self.val = ([tensor.to(self.like.device) for tensor in data] for data in both)
@@ -358,8 +362,7 @@ class Task:
         sizes = [size * images for size in self.image_bytes[: most + 1]]
         n = max(n for n, size in enumerate(sizes) if size <= max(0, self.settings.cache_bytes))
         done, kept = self._outputs.get(name, (0, x))
-        if done > n:
-            done, kept = 0, x
+        done, kept = (done, kept) if done <= n else (0, x)
         if done < n:
             self._outputs[name] = done, kept = n, self.run(self.net[:n], kept, done)
         return done, kept
@@ -419,8 +422,8 @@ class Task:
         for done, unit in enumerate(self.net):
             up_to = self.net[: done + 1]
             two, *again = (_through(up_to, copy.deepcopy(two), done) for _ in range(8))
-            if torch.is_tensor(two) and not all(
-                two.nan_to_num().equal(other.nan_to_num()) for other in again
+            if torch.is_tensor(two) and any(
+                not two.nan_to_num().equal(other.nan_to_num()) for other in again
             ):
                 what = "is random in evaluation mode: frozen, it would run once"
                 raise ValueError(f"unit {label(self.net, done + 1)} {what}")
@@ -457,15 +460,6 @@ def label(net: nn.Sequential, *units: int | str) -> str:
         return "all"
     names = ["" if name.isdigit() else f" {name.replace('/', '.')}" for name in net._modules]
     return ", ".join(f"{unit}{names[unit - 1]}" for unit in units)
-
-
-def copied(net: nn.Sequential) -> nn.Sequential:
-    """A frozen copy in evaluation mode, unit by unit: two may share a dropout that one has on."""
-    frozen = nn.Sequential()
-    for number, (name, unit) in enumerate(net._modules.items(), 1):
-        with _refused(f"unit {label(net, number)}"):
-            frozen.add_module(name, copy.deepcopy(unit).requires_grad_(False))
-    return frozen.eval()
 
 
 def _through(net: nn.Sequential, x, done: int = 0):

@@ -293,7 +293,7 @@ def retrieval(task: Task, tuned, gallery: shifts.Data, queries: shifts.Data, k: 
 
 def features(task: Task, net: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
     """The input of the last unit, a map averaged over its pixels: [N, D]."""
-    out = task.run(flextune.copied(net)[:-1], x)
+    out = task.run(net[:-1], x)
     return out.mean((2, 3)) if out.dim() == 4 else out.flatten(1)
 
 
