@@ -204,7 +204,7 @@ def ft_ss(task: Task) -> Result:
             parametrize.register_parametrization(layer, "weight", _Scale(layer.weight))
     settings = replace(task.settings, batch_statistics=False)
     result = fine_tune(replace(task, net=scaled, settings=settings), "all")
-    plain = copy.deepcopy(surgery(task.net, result.net, last))
+    plain = copy.deepcopy(surgery(task.net, result.net, last)).eval()
     for name, layer in result.net[: last - 1].named_modules():
         if hasattr(layer, "parametrizations") and "bias" in layer._parameters:
             plain.get_submodule(name).weight = nn.Parameter(layer.weight.detach())
