@@ -34,6 +34,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cache, partial
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from secrets import token_hex
 
@@ -47,7 +48,7 @@ import models
 import shifts
 from flextune import Result, Selection, Settings, Task
 
-# ---------------------------------------------------------------- the paper's figures
+# ---------------------------------------------------------------- scenarios and published figures
 #
 # Table 2's accuracy of the source network on each target (QuickDraw's of Table 3), and the first
 # units in the order of their proxies' validation accuracy: for each ratio fast-flex's, then for each
@@ -127,37 +128,10 @@ RETRIEVAL = ("ft-fc-1", "ft-all", "flex")
 TALLY = "flex 60, fast-flex 41, ft-all 26"  # of 72, section 5.2
 
 
-def paper(scenario: tuple, method: str) -> float | None:
-    """The test accuracy that the paper published for a scenario (see `grouped`), if it did."""
-    source, target, ratio, *_ = scenario
-    figures = PUBLISHED | {(source, target, ratio, "source"): TARGETS[source, target][0]}
-    return figures.get((source, target, ratio, method)) if comparable(scenario) else None
-
-
-def supplement(scenario: tuple, method: str) -> list[int]:
-    """The first units in the paper's order of the proxies of fast-flex or faster-flex, or []."""
-    source, target, ratio, *_ = scenario
-    ratios = SCENARIOS[source, target].ratios
-    if not comparable(scenario) or ratio not in ratios:
-        return []
-    place = ratios.index(ratio) + len(ratios) * (method == "faster-flex")
-    return [int(unit, 16) for unit in TARGETS[source, target][1][place] if unit != "0"]
-
-
-def comparable(scenario: tuple) -> bool:
-    """Is it the paper's network on real data?"""
-    source, target, _, data, network = scenario
-    return data == "real" and network == SCENARIOS[source, target].network
-
-
-# ---------------------------------------------------------------- scenarios (Table 2)
-
-
 @dataclass(frozen=True)
 class Family:
     """A line of Table 2: targets of a source that share a network and a protocol."""
 
-    source: str
     network: str
     build: Callable[[], nn.Sequential]
     ratios: tuple[int, ...]  # images per class, about; the largest is the whole pool
@@ -183,7 +157,6 @@ class Family:
 MNIST_STEPS = ((16, 1000, 20), (32, 500, 50), (32, 100, 500), (32, 25, 4000))  # authors' code
 PACS_STEPS = ((8, 2000, 100), (8, 1000, 150), (8, 150, 800))  # authors' code
 MNIST = Family(
-    source="mnist",
     network="4-layer",
     build=models.mnist_net,
     ratios=(3, 30, 300, 3000),
@@ -193,7 +166,6 @@ MNIST = Family(
     epochs=13,  # authors' code: 12.5, that is 6,250 steps
 )
 CIFAR = Family(
-    source="cifar",
     network="7-layer",
     build=models.cifar_net,
     ratios=(2, 20, 200, 2000),
@@ -206,12 +178,11 @@ CIFAR = Family(
     },
 )
 ILSVRC = Family(
-    source="ilsvrc",
     network="Inception2",
     # On built-in data a narrow network, pretrained on small images.
     build=partial(models.inception2, classes=6, width=0.25),
     ratios=(2, 12, 25),
-    tuning=Settings(lr=1e-4, top_k=5),  # section 5.1
+    tuning=Settings(lr=1e-4, top_k=5),  # section 5.1; for PACS the authors' code
     steps=PACS_STEPS,  # not published: those of PACS
     pretraining=Settings(lr=1e-3, max_epochs=9, check_every=1, batch_statistics=True),
     weights=lambda root: models.load_inception2(root / "inception2.npz"),
@@ -220,18 +191,36 @@ ILSVRC = Family(
 )
 QUICKDRAW = replace(
     CIFAR,
-    source="quickdraw",
     build=partial(models.cifar_net, channels=1),
     built_in=CIFAR.built_in | {"build": partial(models.cifar_net, channels=1, width=0.25)},
 )
-PACS = replace(  # authors' code
-    ILSVRC, ratios=(2, 20, 200), tuning=Settings(lr=1e-4), head=models.pacs_head
-)
-FAMILIES = {family.source: family for family in (MNIST, CIFAR, QUICKDRAW, ILSVRC)}
+PACS = replace(ILSVRC, ratios=(2, 20, 200), tuning=Settings(lr=1e-4), head=models.pacs_head)
+FAMILIES = {"mnist": MNIST, "cifar": CIFAR, "quickdraw": QUICKDRAW, "ilsvrc": ILSVRC}
 SCENARIOS = {pair: PACS if pair[1] in shifts.PACS else FAMILIES[pair[0]] for pair in TARGETS}
 
 
-# ---------------------------------------------------------------- methods
+def comparable(scenario: tuple) -> bool:
+    """Is it (see `grouped`) the paper's network on real data?"""
+    source, target, _, data, network = scenario
+    return data == "real" and network == SCENARIOS[source, target].network
+
+
+def paper(scenario: tuple, method: str) -> float | None:
+    """The test accuracy that the paper published for a scenario, if it did."""
+    source, target, ratio, *_ = scenario
+    figures = PUBLISHED | {(source, target, ratio, "source"): TARGETS[source, target][0]}
+    return figures.get((source, target, ratio, method)) if comparable(scenario) else None
+
+
+def supplement(scenario: tuple, method: str) -> list[int]:
+    """The first units in the paper's order of the proxies of fast-flex or faster-flex, or []."""
+    source, target, ratio, *_ = scenario
+    places = product(PROXIES, SCENARIOS[source, target].ratios)
+    order = dict(zip(places, TARGETS[source, target][1])).get((method, ratio), "")
+    return [int(unit, 16) for unit in order if unit != "0" and comparable(scenario)]
+
+
+# ---------------------------------------------------------------- running and recording
 
 
 def image_to_image(target: str) -> type[nn.Module]:
@@ -242,8 +231,10 @@ def image_to_image(target: str) -> type[nn.Module]:
     return models.SpatialTransformer if affine else models.UNet
 
 
-def flex_i2i(task: Task, unit: nn.Module) -> Selection:
-    """Algorithm 1 with one more candidate, 0: `unit` before N, and nothing else tuned (5.4)."""
+def flex_i2i(task: Task, target: str) -> Selection:
+    """Algorithm 1 with one more candidate, 0: a unit before N, and nothing else tuned (5.4)."""
+    unit = partial(image_to_image(target), channels=task.train[0].shape[1])
+    unit = seeded(unit, task.settings.seed)
     tuned = dict(flextune.flex(task).tuned)
     before = flextune.fine_tune(replace(task, net=nn.Sequential(unit, *task.net)), 1)
     tuned[0] = replace(before, units=(0,))
@@ -267,6 +258,11 @@ METHODS = {
     "fast-flex": flextune.fast_flex,
     "faster-flex": flextune.faster_flex,
 }
+
+
+def methods_of(source: str) -> list[str]:
+    """The methods of a source in the paper, which tunes one last unit of Inception2 alone."""
+    return [method for method in METHODS if method != "ft-fc-2" or source != "ilsvrc"]
 
 
 def retrieval(task: Task, tuned, gallery: shifts.Data, queries: shifts.Data, k: int = 10) -> float:
@@ -297,8 +293,6 @@ def features(task: Task, net: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
     return out.mean((2, 3)) if out.dim() == 4 else out.flatten(1)
 
 
-# ---------------------------------------------------------------- ranks and progress
-#
 # Under torchrun every rank runs this program. The ranks take the work piece by piece from counters
 # in torchrun's store. Rank 0 downloads before, and prints after. When torchrun starts all ranks
 # again, the store still has the keys of the attempt before: keys begin with the attempt's number.
@@ -317,11 +311,11 @@ def store():
     return PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], common)
 
 
-def reached(point: str, ranks: range) -> None:
-    """Say that this rank is at a point of the program, and wait until `ranks` are."""
+def reached(point: str) -> None:
+    """Wait until all ranks are at this point of the program."""
     if RANKS > 1:
         store().set(f"{point} {RANK}", "")
-        store().wait([f"{point} {rank}" for rank in ranks])
+        store().wait([f"{point} {rank}" for rank in range(RANKS)])
 
 
 def shared(what: str, steps: int) -> Iterator[int]:
@@ -360,12 +354,6 @@ class Progress:
             self.printed = now
 
 
-# ---------------------------------------------------------------- running and recording
-
-
-FAST = torch.channels_last  # the memory layout of networks here: 1.1 to 1.7 times as fast
-
-
 @dataclass(frozen=True)
 class Run:
     """A scenario-run: the methods on one draw of the training images."""
@@ -377,6 +365,7 @@ class Run:
     settings: Settings  # with the seed of the draw, but for how often it is validated
     methods: tuple[str, ...]
     family: Family
+    searched: tuple[str, ...] = ()  # the methods that Table 4 asks for
 
     @property
     def title(self) -> str:
@@ -384,8 +373,8 @@ class Run:
 
     @property
     def source(self) -> tuple:
-        """What the source network depends on; for PACS it has another head."""
-        return self.pair[0], self.pair[1] in shifts.PACS, self.root, self.network
+        """What the source network depends on."""
+        return self.pair[0], self.family.head, self.root, self.network
 
     def head(self, method: str) -> dict:
         """What a result begins with, and is known by."""
@@ -407,10 +396,10 @@ class Run:
         return Task(net, train, domain["val"], replace(self.settings, check_every=epochs))
 
     def cost(self) -> float:
-        """About how long it takes, against others: by the images in all networks to be tuned."""
-        networks = 12 if "flex" in self.methods else len(self.methods)
-        work = {"4-layer": 1, "7-layer": 10}.get(self.family.network, 300 if self.root else 6)
-        return networks * work * (self.ratio + 100)  # 100: of the validations
+        """About how long it takes, for the time left: only the proportions of runs matter."""
+        trainings = 12 if "flex" in self.methods else len(self.methods)
+        image = {"4-layer": 1, "7-layer": 10}.get(self.family.network, 300 if self.root else 6)
+        return trainings * image * (self.ratio + 100)  # to validate takes as long as ratio 100
 
 
 def as_row(settings: Settings) -> dict:
@@ -457,24 +446,18 @@ def read_network(path: Path) -> dict | None:
 
 
 def execute(run: Run, net: nn.Sequential, domain, gallery, args, progress: Callable) -> None:
-    """The methods of a scenario-run, each with its result written to args.out.
-
-    `gallery`: the source images that the methods of Table 4 are tried on, or None.
-    """
+    """The methods of a scenario-run, each with its result written to args.out."""
     task, test = run.task(net, domain), domain["test"]
     task.report = lambda text: progress(len(task.results) / (len(net) + 6), text)
-    unit = partial(image_to_image(run.pair[1]), channels=test[0].shape[1])
-    i2i = partial(flex_i2i, unit=seeded(unit, run.settings.seed))
+    methods = METHODS | {"flex-i2i": partial(flex_i2i, target=run.pair[1])}
     accuracy = cache(replace(task, val=test).accuracy)
 
     def record(result: Result) -> dict:
-        own = {
-            name: value for name, value in vars(result).items() if name not in ("net", "accuracy")
-        }
-        return {"val": result.accuracy, "test": accuracy(result.net)} | own
+        row = {"val": result.accuracy, "test": accuracy(result.net)} | vars(result)
+        return {name: value for name, value in row.items() if name not in ("net", "accuracy")}
 
     for method in run.methods:
-        result = (METHODS | {"flex-i2i": i2i})[method](task)
+        result = methods[method](task)
         row = run.head(method) | {"images": len(task.train[1]), "settings": as_row(task.settings)}
         row["names"] = [name.replace("/", ".") for name in net._modules]
         if isinstance(result, Selection):
@@ -485,8 +468,8 @@ def execute(run: Run, net: nn.Sequential, domain, gallery, args, progress: Calla
                 "chosen": str(choice.chosen),
                 "best": str(choice.best),
                 "tied": [str(unit) for unit in choice.tied],
-                "proxies": {str(unit): a for unit, a in choice.proxies.items()},
-                "candidates": {str(unit): record(one) for unit, one in choice.tuned.items()},
+                "proxies": choice.proxies,
+                "candidates": {unit: record(one) for unit, one in choice.tuned.items()},
             }
             if method == "flex":
                 row["certainty"] = flextune.certainty(task, choice)
@@ -494,8 +477,8 @@ def execute(run: Run, net: nn.Sequential, domain, gallery, args, progress: Calla
                 row["pairs"] = image_pairs(choice.tuned[0].net[0], test[0][:4])
         else:
             row |= record(result)
-        if gallery and method in RETRIEVAL:
-            row["retrieval"] = retrieval(task, result.net, gallery, test)
+        if method in run.searched:
+            row["retrieval"] = retrieval(task, result.net, gallery(run.pair, run.root), test)
         write(run.path(method, args.out), json.dumps(row | {"md5": md5(json.dumps(row))}).encode())
         if args.save and method == ("flex" if "flex" in run.methods else run.methods[-1]):
             write(args.save, saved(result.net.state_dict()))
@@ -521,25 +504,24 @@ def image_pairs(unit: nn.Module, x: torch.Tensor) -> dict:
 
 def source_network(run: Run, args) -> nn.Sequential:
     """The source network: read, or trained once on the source's images and then kept in --out."""
-    family = run.family
+    family, name = run.family, run.pair[0]
     if run.root and family.weights:
-        return family.head(family.weights(run.root)).to(memory_format=FAST)
-    domain, net = shifts.load(family.source, None, run.root), seeded(family.build, run.network)
-    settings = replace(family.pretraining, seed=run.network)
+        return family.head(family.weights(run.root)).to(memory_format=torch.channels_last)
+    domain, net = shifts.load(name, None, run.root), seeded(family.build, run.network)
+    settings = replace(family.pretraining, seed=run.network, device=args.device)
     data, weights = (*domain["source"], *domain["val"]), net.state_dict().values()
-    path = args.out / f"{family.source}-{md5(*weights, as_row(settings), family.epochs, *data)}.pt"
-    net, state = net.to(memory_format=FAST), read_network(path)
-    if state is None:
+    path = args.out / f"{name}-{md5(*weights, as_row(settings), family.epochs, *data)}.pt"
+    net = net.to(memory_format=torch.channels_last)  # 1.1 to 1.7 times as fast
+    if (state := read_network(path)) is None:
         progress = Progress(1)
-        progress.begin(0, f"pretraining on {family.source}")
-        settings = replace(settings, device=args.device)
+        progress.begin(0, f"pretraining on {name}")
         task = Task(net, domain["source"], domain["val"], settings, partial(progress, 0))
         state = flextune.fine_tune(task, "all", family.epochs).net.cpu().state_dict()
         write(path, saved({"net": state, "md5": md5(*state, *state.values())}))
         flextune.show("")
     net.load_state_dict(state)
-    own = flextune.accuracy(net, domain["test"], Settings(device=args.device))
-    print(f"{family.source}: {family.network} network, {own:.3f} on its own test images")
+    own = flextune.accuracy(net, domain["test"], settings)
+    print(f"{name}: {family.network} network, {own:.3f} on its own test images")
     return net
 
 
@@ -640,11 +622,8 @@ def print_scenario(scenario: tuple, methods: dict[str, list[dict]]) -> None:
     if flex := [row["certainty"] for row in methods.get("flex", ())]:
         lead, error, bound = (average(flex, name) for name in ("lead", "error", "bound"))
         ties = sum(len(row["tied"]) > 1 for row in methods["flex"])
-        print(
-            f"flex's choice leads the next by {lead:.3f} \u00b1 {error:.3f}",
-            end=" on the validation ",
-        )
-        print(f"set (there, with probability 95%, all are within {bound:.3f})")
+        print(f"flex's choice leads the next by {lead:.3f} \u00b1 {error:.3f} on the", end=" ")
+        print(f"validation set (there, with probability 95%, all are within {bound:.3f})")
         if ties:
             print(f"it is tied in {ties} of {runs} runs: the smallest unit is taken")
 
@@ -673,7 +652,6 @@ def print_units(rows: list[dict], candidates: dict[str, str], runs: int) -> None
 
 # ---------------------------------------------------------------- the paper's tables
 
-SPENT = ("epochs", "seconds")
 FORMULAS = {  # Table 1, of L, E_one c_one, E_all c_all and c_all
     "flex": ("L E_one c_one + E_all c_all", lambda n, one, whole, epoch: n * one + whole),
     "fast-flex": ("E_one c_one + E_all c_all", lambda n, one, whole, epoch: one + whole),
@@ -691,15 +669,21 @@ def print_table_1(groups: Groups) -> None:
         if not pairs:
             print("needs the results of flex")
             continue
-        ones, alls = ([one for unit, one in pairs if (unit == "all") == all_] for all_ in (0, 1))
-        e_one, one, e_all, whole = (average(a, b) for a in (ones, alls) for b in SPENT)
+        ones = [one for unit, one in pairs if unit != "all"]
+        alls = [one for unit, one in pairs if unit == "all"]
+        e_one, e_all = average(ones, "epochs"), average(alls, "epochs")
+        one, whole = average(ones, "seconds"), average(alls, "seconds")
         n, c_all = len(ones) // len(alls), whole / e_all
         print(f"L = {n}, E_one = {e_one:.1f} epochs, c_one = {one / e_one:.3f} s", end=", ")
         print(f"E_all = {e_all:.1f} epochs, c_all = {c_all:.3f} s")
         table = [["method", "formula", "by formula, s", "epochs", "measured, s"]]
         for method, (formula, cost) in FORMULAS.items():
             if mine := rows[method]:
-                costs = cost(n, one, whole, c_all), *(average(mine, name) for name in SPENT)
+                costs = (
+                    cost(n, one, whole, c_all),
+                    average(mine, "epochs"),
+                    average(mine, "seconds"),
+                )
                 table.append([method, formula, *(f"{cost:.1f}" for cost in costs)])
         print_columns(table, left=2)
 
@@ -716,7 +700,7 @@ def print_table_3(groups: Groups) -> None:
             ours = {m: round(average(rows[m]), 3) for m in columns if m in rows}
             theirs = {m: a for m in columns if (a := paper(scenario, m))}
             runs = {m: [row["test"] for row in rows[m]] for m in ours}
-            needed = {m for m in BASELINES if m != "ft-fc-2" or source != "ilsvrc"}
+            needed = {*BASELINES} & {*methods_of(source)}
             lines = {f"{target}, {ratio} ({max(map(len, runs.values()))})": marked(ours, needed)}
             spread = {m: f"{statistics.stdev(a):.3f} " for m, a in runs.items() if len(a) > 1}
             lines |= {"  deviation": spread} if spread else {}
@@ -788,8 +772,7 @@ def figures_1(groups: Groups):
             for split, line in (("test", "--"), ("val", "-")):
                 a = [average([row["candidates"][u] for row in rows], split) for u in candidates]
                 axes.plot(names, a, line, color=f"C{number}", label=f"{split}, ratio {ratio}")
-            ((pick, _),) = Counter(row["chosen"] for row in rows).most_common(1)
-            place = candidates.index(pick)
+            place = candidates.index(statistics.mode(row["chosen"] for row in rows))
             axes.plot(place, a[place], "v", color="blue", markersize=9)
         axes.set(title=f"{source} → {target}, {network}, {data} data", ylabel="accuracy")
         axes.tick_params(axis="x", rotation=45)
@@ -815,8 +798,8 @@ def ranks_and_picks(groups: Groups) -> dict:
         sums.update({u: sums[u] + sum(a > b for b in tests.values()) for u, a in tests.items()})
         for method in SELECTIONS:
             name = "best" if method == "fast-flex" else "chosen"
-            for unit, _ in Counter(row[name] for row in methods.get(method, ())).most_common(1):
-                picks[method].add(columns.index(unit))
+            if mine := methods.get(method):
+                picks[method].add(columns.index(statistics.mode(row[name] for row in mine)))
     return panels
 
 
@@ -995,30 +978,26 @@ def scenarios(args) -> list[tuple[str, str]]:
 
 def print_scenarios(pairs: list[tuple[str, str]], data: str | None) -> None:
     table = [["source", "network", "target", "ratios", "accuracy", "data"]]
-    for pair in pairs:
-        family, found = SCENARIOS[pair], ["built-in images"]
-        if data != "builtin":
-            there = {
-                name: shifts.ORIGINS[name].there(Path(data or "data"))
-                for name in [*shifts.needs(*pair), *family.files]
-            }
-            found = (f"{name} {'there' if is_ else 'missing'}" for name, is_ in there.items())
-        top_k, ratios = family.tuning.top_k, " ".join(map(str, family.ratios))
-        table.append([pair[0], family.network, pair[1], ratios, f"top-{top_k}", ", ".join(found)])
+    for source, target in pairs:
+        family, found = SCENARIOS[source, target], []
+        for name in [*shifts.needs(source, target), *family.files] if data != "builtin" else ():
+            there = shifts.ORIGINS[name].there(Path(data or "data"))
+            found.append(f"{name} {'there' if there else 'missing'}")
+        ratios, data_sets = " ".join(map(str, family.ratios)), ", ".join(found) or "built-in images"
+        accuracy = f"top-{family.tuning.top_k}"
+        table.append([source, family.network, target, ratios, accuracy, data_sets])
     print_columns(table, left=len(table[0]))
 
 
 def plan(pairs: list[tuple[str, str]], args) -> list[Run]:
     """All scenario-runs asked for. Data are looked for only where something is to be run."""
-    runs = []
+    runs, root = [], None if args.data == "builtin" else Path(args.data or "data")
     for pair in pairs:
-        root, progress = None if args.data == "builtin" else Path(args.data or "data"), Progress(1)
         mine = runs_of(pair, root, args)
         if root and any(missing(run, args) for run in mine):
+            names = [*shifts.needs(*pair), *mine[0].family.files]
             try:
-                shifts.provide(
-                    [*shifts.needs(*pair), *mine[0].family.files], root, partial(progress, 0)
-                )
+                shifts.provide(names, root, partial(Progress(1), 0))
             except shifts.MissingError as error:
                 if args.data:
                     raise
@@ -1038,10 +1017,9 @@ def runs_of(pair: tuple[str, str], root: Path | None, args) -> list[Run]:
             raise ValueError("--network: in the place of Inception2 it needs real data (--data)")
         weights = family.weights and (lambda root: build())
         family = replace(family, network=name, build=build, weights=weights, files=(), code=(code,))
-    methods = [method for method in METHODS if method in (args.methods or METHODS)]
-    if pair[0] == "ilsvrc" and not args.methods:
-        methods.remove("ft-fc-2")  # the paper tunes one last unit alone
-    methods += ["flex-i2i"] * args.image_to_image
+    methods = [m for m in METHODS if m in (args.methods or methods_of(pair[0]))]
+    methods = (*methods, *["flex-i2i"] * args.image_to_image)
+    searched = RETRIEVAL if 4 in args.table and has_gallery(pair, root) else ()
     for ratio in sorted(set(args.ratio or family.ratios)):
         batch_size, most, _ = family.protocol(ratio)
         for number in range(args.runs or (20 if ratio == family.ratios[0] else 1)):
@@ -1055,17 +1033,16 @@ def runs_of(pair: tuple[str, str], root: Path | None, args) -> list[Run]:
                 bfloat16=args.bfloat16,
             )
             network = number % args.source_networks
-            runs.append(Run(pair, ratio, root, network, settings, tuple(methods), family))
+            runs.append(Run(pair, ratio, root, network, settings, methods, family, searched))
     return runs
 
 
 def missing(run: Run, args) -> tuple[str, ...]:
     """The methods of a run that have no result."""
-    retrieval = RETRIEVAL if 4 in args.table and has_gallery(run.pair, run.root) else ()
 
     def there(method):
         row = read_row(run.path(method, args.out))
-        return row and not args.save and (method not in retrieval or "retrieval" in row)
+        return row and not args.save and (method not in run.searched or "retrieval" in row)
 
     return tuple(method for method in run.methods if not there(method))
 
@@ -1082,10 +1059,10 @@ def run_scenarios(pairs: list[tuple[str, str]], args) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     if RANK:  # rank 0 downloads, then the others see what is there
-        reached("planned", range(1))
+        reached("planned")
     runs = plan(pairs, args)
     if RANK == 0:
-        reached("planned", range(1))
+        reached("planned")
     if args.benchmark:
         return run_benchmark(runs, args)
     left = [missing(run, args) for run in runs]
@@ -1095,7 +1072,7 @@ def run_scenarios(pairs: list[tuple[str, str]], args) -> None:
     network, gallery = cache(lambda key: source_network(sources[key], args)), cache(source_gallery)
     for number in shared("sources", len(sources)):
         network([*sources][number])
-    reached("pretrained", range(RANKS))
+    reached("pretrained")
     progress = Progress(*(run.cost() * bool(methods) for run, methods in zip(runs, left)))
     loaded = None
     for number in shared("runs", len(runs)):
@@ -1105,11 +1082,9 @@ def run_scenarios(pairs: list[tuple[str, str]], args) -> None:
             if loaded != (run.pair, run.root):
                 domain, loaded = None, (run.pair, run.root)  # one in memory at a time
                 domain = shifts.load(*run.pair, run.root, partial(progress, 0))
-            searched = 4 in args.table and has_gallery(run.pair, run.root)
-            images = gallery(run.pair, run.root) if searched else None
-            execute(run, network(run.source), domain, images, args, progress)
+            execute(run, network(run.source), domain, gallery, args, progress)
     flextune.show("")
-    reached("finished", range(RANKS))
+    reached("finished")
     if RANK == 0:
         show(grouped([read_row(run.path(m, args.out)) for run in runs for m in run.methods]), args)
 
