@@ -7,9 +7,8 @@ Learning", WACV 2020: every method on one transfer scenario, on several, or on a
     python run_all.py --list                                      # all scenarios, and their data
     torchrun --nproc-per-node 8 run_all.py --image-to-image --table 1 3 4 --figures figures
 
-Each scenario, run and method has a file of its own in results/, written when it is done. What is
-there is not run again, so a command that was interrupted goes on where it stopped, and tables and
-figures can be had once more.
+Every result is a file in results/, written when it is done. What is there is not run again: an
+interrupted command goes on where it stopped, and tables and figures can be had once more.
 """
 
 import argparse
@@ -29,7 +28,7 @@ import tempfile
 import time
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cache, partial
@@ -41,7 +40,6 @@ from secrets import token_hex
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 import flextune
 import models
@@ -136,7 +134,8 @@ class Family:
     build: Callable[[], nn.Sequential]
     ratios: tuple[int, ...]  # images per class, about; the largest is the whole pool
     tuning: Settings  # but for what depends on the ratio and on the command line
-    steps: tuple[tuple[int, int, int], ...]  # see MNIST_STEPS
+    # By ratio, the smallest first: images per step, most epochs, steps between validations.
+    steps: tuple[tuple[int, int, int], ...]
     pretraining: Settings
     epochs: int | None = None  # of the pretraining: the last state; None: the best one
     weights: Callable[[Path], nn.Sequential] | None = None  # of real data: the pretrained network
@@ -144,6 +143,7 @@ class Family:
     code: tuple[bytes, ...] = ()  # that gives the network, where it is not ours
     head: Callable[[nn.Sequential], nn.Sequential] = copy.copy  # what becomes of its last layer
     built_in: dict = field(default_factory=dict)  # what is other on built-in data
+    left_out: tuple[str, ...] = ()  # of METHODS, by the paper
 
     def protocol(self, ratio: int) -> tuple[int, int, int]:
         """Of the `steps`, those of this ratio, or of the next smaller one in the paper."""
@@ -152,16 +152,12 @@ class Family:
 
 # When a training ends is ours (Settings.patience): the authors' ends at the first validation that is
 # worse than the one before by .0025 (PACS .025), and its last state is kept.
-#
-# By ratio, the smallest first: images per step, most epochs, steps from one validation to the next.
-MNIST_STEPS = ((16, 1000, 20), (32, 500, 50), (32, 100, 500), (32, 25, 4000))  # authors' code
-PACS_STEPS = ((8, 2000, 100), (8, 1000, 150), (8, 150, 800))  # authors' code
 MNIST = Family(
     network="4-layer",
     build=models.mnist_net,
     ratios=(3, 30, 300, 3000),
     tuning=Settings(lr=1e-4),  # authors' code; section 5.1 has 1e-3
-    steps=MNIST_STEPS,
+    steps=((16, 1000, 20), (32, 500, 50), (32, 100, 500), (32, 25, 4000)),  # authors' code
     pretraining=Settings(lr=1e-4, batch_size=50),  # authors' code
     epochs=13,  # authors' code: 12.5, that is 6,250 steps
 )
@@ -170,7 +166,7 @@ CIFAR = Family(
     build=models.cifar_net,
     ratios=(2, 20, 200, 2000),
     tuning=Settings(lr=1e-3),  # section 5.1; the authors' code does not say
-    steps=MNIST_STEPS,  # not published: MNIST's
+    steps=MNIST.steps,  # not published
     pretraining=Settings(lr=1e-3, batch_size=50, max_epochs=50, check_every=3, patience=3),
     built_in={
         "build": partial(models.cifar_net, width=0.25),
@@ -179,20 +175,19 @@ CIFAR = Family(
 )
 ILSVRC = Family(
     network="Inception2",
-    # On built-in data a narrow network, pretrained on small images.
-    build=partial(models.inception2, classes=6, width=0.25),
+    build=partial(models.inception2, classes=6, width=0.25),  # on built-in data alone
     ratios=(2, 12, 25),
     tuning=Settings(lr=1e-4, top_k=5),  # section 5.1; for PACS the authors' code
-    steps=PACS_STEPS,  # not published: those of PACS
+    steps=((8, 2000, 100), (8, 1000, 150), (8, 150, 800)),  # authors' code for PACS
     pretraining=Settings(lr=1e-3, max_epochs=9, check_every=1, batch_statistics=True),
     weights=lambda root: models.load_inception2(root / "inception2.npz"),
     files=("inception2",),
     built_in={"tuning": Settings(lr=1e-3, patience=3), "steps": ((32, 300, 20),) * 3},
+    left_out=("ft-fc-2",),  # one last unit alone is tuned
 )
+GREY = partial(models.cifar_net, channels=1)
 QUICKDRAW = replace(
-    CIFAR,
-    build=partial(models.cifar_net, channels=1),
-    built_in=CIFAR.built_in | {"build": partial(models.cifar_net, channels=1, width=0.25)},
+    CIFAR, build=GREY, built_in=CIFAR.built_in | {"build": partial(GREY, width=0.25)}
 )
 PACS = replace(ILSVRC, ratios=(2, 20, 200), tuning=Settings(lr=1e-4), head=models.pacs_head)
 FAMILIES = {"mnist": MNIST, "cifar": CIFAR, "quickdraw": QUICKDRAW, "ilsvrc": ILSVRC}
@@ -260,19 +255,11 @@ METHODS = {
 }
 
 
-def methods_of(source: str) -> list[str]:
-    """The methods of a source in the paper, which tunes one last unit of Inception2 alone."""
-    return [method for method in METHODS if method != "ft-fc-2" or source != "ilsvrc"]
-
-
 def retrieval(task: Task, tuned, gallery: shifts.Data, queries: shifts.Data, k: int = 10) -> float:
     """Mean AP@k over target `queries`, seen by `tuned`, in a source `gallery`, seen by N.
 
-    A feature is the input of the last unit, a map averaged over its pixels. Of a query's k nearest
-    images (Euclidean distance, the first of equals) those of its class are relevant, and
-
-        AP@k = sum of P(i) over the places i at which a relevant image stands / min(k, R)
-
+    Of a query's k nearest images (Euclidean distance of `features`, the first of equals) those of
+    its class are relevant. AP@k is the sum of P(i) over the places i of relevant images / min(k, R)
     with P(i) the share of relevant images among the nearest i, and R the number of relevant images
     in the gallery; 0 where there are none. Gallery labels may be negative: no query's class.
     """
@@ -303,8 +290,7 @@ RANK, RANKS = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if TORC
 
 @cache
 def store():
-    from torch.distributed import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
+    from torch.distributed import PrefixStore, rendezvous
 
     common, *_ = next(rendezvous("env://"))
     common.set_timeout(timedelta(days=30))
@@ -531,11 +517,6 @@ def saved(content: dict) -> bytes:
     return file.getvalue()
 
 
-def has_gallery(pair: tuple[str, str], root: Path | None) -> bool:
-    """Are the source's validation images there? PACS can be run without those of ILSVRC."""
-    return not root or pair[0] != "ilsvrc" or shifts.ORIGINS["ilsvrc"].there(root)
-
-
 def source_gallery(pair: tuple[str, str], root: Path | None) -> shifts.Data:
     """The source's validation images, of ILSVRC's for PACS with the classes of its head, or -1."""
     x, y = shifts.load(pair[0], None, root)["val"]
@@ -546,17 +527,64 @@ def source_gallery(pair: tuple[str, str], root: Path | None) -> shifts.Data:
     return x, y
 
 
+def literal(task: Task, units: list[int], epochs: int | None = None):
+    """`flextune.fine_tune` as anyone would write it: the whole network in every step.
+
+    Returns (network, accuracy, epochs). The tests compare ours with it.
+    """
+    net, settings, last = copy.deepcopy(task.net), task.settings, epochs or task.settings.max_epochs
+    tuned = nn.ModuleList(net[unit - 1] for unit in units).requires_grad_(True)
+    optimizer = torch.optim.Adam(tuned.parameters(), lr=settings.lr)
+    order, best, stale = torch.Generator().manual_seed(settings.seed), -1.0, 0
+    x, y = task.enter(task.train[0]), task.train[1]
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        for epoch in range(1, last + 1):
+            tuned.train()
+            for module in tuned.modules():
+                module.training &= not isinstance(module, nn.BatchNorm2d)
+            for batch in torch.randperm(len(y), generator=order).split(settings.batch_size):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(net(x[batch]), y[batch]).backward()
+                optimizer.step()
+            if epoch % settings.check_every and epoch < last:
+                continue
+            a = task.accuracy(net.eval())
+            stale = 0 if epochs or a > best else stale + 1
+            if not stale:
+                best, state = a, copy.deepcopy(net.state_dict())
+            elif stale == settings.patience:
+                break
+    net.load_state_dict(state)
+    return net, best, epoch
+
+
+def run_benchmark(runs: list[Run], args) -> None:
+    """flex by the literal loop and by ours, by turns: what each takes and what it gives."""
+    for run in runs:
+        net, domain = source_network(run, args), shifts.load(*run.pair, run.root)
+        print(f"\n{run.title}, flex: seconds, and validation accuracies of the candidates")
+        for _ in range(3):
+            task, start = run.task(net, domain), time.perf_counter()
+            units = *([unit] for unit in flextune.candidates(net)), [*range(1, len(net) + 1)]
+            theirs = [literal(task, mine)[1] for mine in units]
+            middle = time.perf_counter()
+            ours = [one.accuracy for one in flextune.flex(task).tuned.values()]
+            times = middle - start, time.perf_counter() - middle
+            for name, seconds, all_ in zip(("literal", "ours"), times, (theirs, ours)):
+                print(f"{name:7} {seconds:8.1f} ", *(f"{a:.4f}" for a in all_))
+            print(f"{times[0] / times[1]:.2f} times as fast")
+
+
 # ---------------------------------------------------------------- tables
-#
-# They and the figures are made of the result rows alone, grouped by scenario and then by method.
 
 BUILT_IN = "BUILT-IN DATA: drawn by shifts.py, no figure compares with the paper's"
 DATA = {"real": "real data", "built-in": BUILT_IN}
-Groups = dict[tuple, dict[str, list[dict]]]
+Groups = dict[tuple, dict[str, list[dict]]]  # all that tables and figures are made of
 
 
 def grouped(rows: list[dict]) -> Groups:
-    """The rows by scenario (source, target, ratio, data, network), and of each by method."""
+    """Result rows by scenario (source, target, ratio, data, network), and of each by method."""
     groups = defaultdict(lambda: defaultdict(list))
     for row in rows:
         scenario = (row[name] for name in ("source", "target", "ratio", "data", "network"))
@@ -580,8 +608,9 @@ def average(rows: list[dict], name: str = "test") -> float:
     return statistics.mean(row[name] for row in rows)
 
 
-def mean(values: list[float]) -> str:
-    """The mean, and over several runs the standard deviation."""
+def mean(rows: Iterable[dict], name: str) -> str:
+    """The mean of those that have it, and over several runs the standard deviation."""
+    values = [row[name] for row in rows if name in row]
     spread = f" \u00b1 {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.3f}{spread}" if values else "-"
 
@@ -608,9 +637,9 @@ def print_scenario(scenario: tuple, methods: dict[str, list[dict]]) -> None:
     for method, mine in methods.items():
         worse = any(row["val"] < row["history"][0][1] for row in mine)  # in a run or more
         notes = ["below the source"] * worse + ["diverged"] * any(row["diverged"] for row in mine)
-        accuracies = (mean([row[name] for row in mine]) for name in ("val", "test"))
         costs = f"{average(mine, 'epochs'):.0f}", f"{average(mine, 'seconds'):.1f}"
         theirs = [str(paper(scenario, method) or "not published")] * comparable(scenario)
+        accuracies = mean(mine, "val"), mean(mine, "test")
         table.append([method, *accuracies, *costs, *theirs, ", ".join(notes)])
     print_columns(table, left=1)
     if any("candidates" in row for row in rows):
@@ -631,6 +660,7 @@ def print_scenario(scenario: tuple, methods: dict[str, list[dict]]) -> None:
 def print_units(rows: list[dict], candidates: dict[str, str], runs: int) -> None:
     """A line for each candidate: its accuracies, and which algorithms chose it (how often)."""
     table = [["unit", "validation", "test", *(f"proxy ({m})" for m in PROXIES), "chosen by"]]
+    proxies = [[row["proxies"] for row in rows if row["method"] == m] for m in PROXIES]
     for unit, name in candidates.items():
         # Algorithm 3 tunes all units for a single epoch: that is not ft-all.
         tuned = {
@@ -638,19 +668,15 @@ def print_units(rows: list[dict], candidates: dict[str, str], runs: int) -> None
             for row in rows
             if unit in row.get("candidates", ()) and (unit, row["method"]) != ("all", "faster-flex")
         }
-        found = [[one[split] for one in tuned.values()] for split in ("val", "test")]
-        for method in PROXIES:
-            mine = [row for row in rows if row["method"] == method]
-            found.append([row["proxies"][unit] for row in mine if unit in row["proxies"]])
+        found = [mean(tuned.values(), "val"), mean(tuned.values(), "test")]
+        found += [mean(mine, unit) for mine in proxies]
         chosen = Counter(row["method"] for row in rows if row.get("chosen") == unit)
         how_often = (m + f" ({n} of {runs})" * (runs > 1) for m, n in chosen.items())
         if unit != "0" or tuned:
-            table.append([name, *map(mean, found), ", ".join(how_often)])
+            table.append([name, *found, ", ".join(how_often)])
     print()
     print_columns(table, left=len(table[0]))
 
-
-# ---------------------------------------------------------------- the paper's tables
 
 FORMULAS = {  # Table 1, of L, E_one c_one, E_all c_all and c_all
     "flex": ("L E_one c_one + E_all c_all", lambda n, one, whole, epoch: n * one + whole),
@@ -679,11 +705,8 @@ def print_table_1(groups: Groups) -> None:
         table = [["method", "formula", "by formula, s", "epochs", "measured, s"]]
         for method, (formula, cost) in FORMULAS.items():
             if mine := rows[method]:
-                costs = (
-                    cost(n, one, whole, c_all),
-                    average(mine, "epochs"),
-                    average(mine, "seconds"),
-                )
+                measured = average(mine, "epochs"), average(mine, "seconds")
+                costs = cost(n, one, whole, c_all), *measured
                 table.append([method, formula, *(f"{cost:.1f}" for cost in costs)])
         print_columns(table, left=2)
 
@@ -697,27 +720,26 @@ def print_table_3(groups: Groups) -> None:
         table, best, first = [["target, ratio (runs)", *columns]], Counter(), defaultdict(list)
         for scenario, rows in part.items():
             source, target, ratio, *_ = scenario
-            ours = {m: round(average(rows[m]), 3) for m in columns if m in rows}
+            runs = {m: [row["test"] for row in rows[m]] for m in columns if m in rows}
+            ours = {m: round(statistics.mean(a), 3) for m, a in runs.items()}
             theirs = {m: a for m in columns if (a := paper(scenario, m))}
-            runs = {m: [row["test"] for row in rows[m]] for m in ours}
-            needed = {*BASELINES} & {*methods_of(source)}
-            lines = {f"{target}, {ratio} ({max(map(len, runs.values()))})": marked(ours, needed)}
+            baselines = {*BASELINES} - {*SCENARIOS[source, target].left_out}
             spread = {m: f"{statistics.stdev(a):.3f} " for m, a in runs.items() if len(a) > 1}
-            lines |= {"  deviation": spread} if spread else {}
+            head = f"{target}, {ratio} ({max(map(len, runs.values()))})"
+            lines = {head: marked(ours, baselines), "  deviation": spread}
             if len(theirs) > 1:
                 common = ours.keys() & theirs.keys()
-                lines["  paper"] = marked(theirs, needed)
+                lines["  paper"] = marked(theirs, baselines)
                 lines["  difference"] = {m: f"{ours[m] - theirs[m]:+.3f} " for m in common}
             for head, line in lines.items():
-                table.append([head, *(line.get(m, "") for m in columns)])
+                table += [[head, *(line.get(m, "") for m in columns)]] if line else []
             highest = max(a for m, a in ours.items() if m != "source" or len(ours) == 1)
             best.update(m for m in ours if ours[m] == highest)
             for method in PROXIES:
-                order, sums = supplement(scenario, method), Counter()
-                for row in rows.get(method, ()):
-                    sums.update(row["proxies"])
-                if order and sums:
-                    first[method].append(int(max(sums, key=sums.get)) == order[0])
+                order = supplement(scenario, method)
+                if order and (proxies := [row["proxies"] for row in rows.get(method, ())]):
+                    unit = max(proxies[0], key=partial(average, proxies))
+                    first[method].append(int(unit) == order[0])
         print_columns(table, left=1)
         print("* better than every baseline (ft-)")
         print(f"best in how many of {len(part)} scenarios, ties counting for each:", end=" ")
@@ -726,9 +748,9 @@ def print_table_3(groups: Groups) -> None:
             print(f"{method}: the best proxy is the supplement's in {sum(same)} of {len(same)}")
 
 
-def marked(figures: dict[str, float], needed: set[str]) -> dict[str, str]:
+def marked(figures: dict[str, float], baselines: set[str]) -> dict[str, str]:
     """Accuracies, with a star where a selection method beats all baselines, if these are there."""
-    to_beat = max(figures[m] for m in needed) if needed <= figures.keys() else 1
+    to_beat = max(figures.get(m, 1) for m in baselines)
     return {m: f"{a:.3f}" + " *"[m in SELECTIONS and a > to_beat] for m, a in figures.items()}
 
 
@@ -738,8 +760,7 @@ def print_table_4(groups: Groups) -> None:
         table = [["target, ratio", *RETRIEVAL]]
         for scenario, methods in part.items():
             _, target, ratio, *_ = scenario
-            rows = ([row for row in methods.get(m, ()) if "retrieval" in row] for m in RETRIEVAL)
-            found = (mean([row["retrieval"] for row in mine]) for mine in rows)
+            found = (mean(methods.get(m, ()), "retrieval") for m in RETRIEVAL)
             table.append([f"{target}, {ratio}", *found])
             if comparable(scenario) and target in TABLE_4 and ratio in (12, 20):
                 table.append(["  paper", *(f"{a:.2f}" for a in TABLE_4[target])])
@@ -811,9 +832,7 @@ def figures_2(groups: Groups):
     figure, axes = canvas(7, 3 * len(panels), len(panels))
     for ((source, network, data), targets), (ax,) in zip(panels.items(), axes):
         ranks, picks = zip(*targets.values())
-        shades = [
-            [*(total / max(1, *sums.values()) for total in sums.values()), 0] for sums in ranks
-        ]
+        shades = [np.array([*sums.values(), 0]) / max(1, *sums.values()) for sums in ranks]
         ax.imshow(shades, cmap="Greys", vmin=0, vmax=1.5, aspect="auto")
         for place, (method, color) in enumerate(zip(SELECTIONS, ("blue", "green", "red"))):
             at = [(x + place / 4 - 0.25, y) for y, mine in enumerate(picks) for x in mine[method]]
@@ -840,63 +859,6 @@ def figures_3(groups: Groups):
         title = f"{source} → {target}, ratio {row['ratio']}, {data} data: before, after unit 0"
         line[0].set_title(title, fontsize="x-small", loc="left")
     yield "figure-3", figure
-
-
-# ---------------------------------------------------------------- benchmark
-
-
-def literal(task: Task, units: list[int], epochs: int | None = None):
-    """`flextune.fine_tune` as anyone would write it: the whole network in every step.
-
-    Returns (network, accuracy, epochs). The tests compare ours with it.
-    """
-    net, settings, last = copy.deepcopy(task.net), task.settings, epochs or task.settings.max_epochs
-    tuned = nn.ModuleList(net[unit - 1] for unit in units).requires_grad_(True)
-    optimizer = torch.optim.Adam(tuned.parameters(), lr=settings.lr)
-    order, best, stale = torch.Generator().manual_seed(settings.seed), -1.0, 0
-    (x, y), (x_val, y_val) = (
-        (x / 255 if x.dtype == torch.uint8 else x, y) for x, y in (task.train, task.val)
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        for epoch in range(1, last + 1):
-            tuned.train()
-            for module in tuned.modules():
-                module.training &= not isinstance(module, nn.BatchNorm2d)
-            for batch in torch.randperm(len(y), generator=order).split(settings.batch_size):
-                optimizer.zero_grad()
-                cross_entropy(net(x[batch]), y[batch]).backward()
-                optimizer.step()
-            if epoch % settings.check_every and epoch < last:
-                continue
-            net.eval()
-            with torch.no_grad():
-                top = [net(part).topk(settings.top_k).indices for part in x_val.split(128)]
-            a = (torch.cat(top) == y_val[:, None]).any(1).double().mean().item()
-            stale = 0 if epochs or a > best else stale + 1
-            if not stale:
-                best, state = a, copy.deepcopy(net.state_dict())
-            elif stale == settings.patience:
-                break
-    net.load_state_dict(state)
-    return net, best, epoch
-
-
-def run_benchmark(runs: list[Run], args) -> None:
-    """flex by the literal loop and by ours, by turns: what each takes and what it gives."""
-    for run in runs:
-        net, domain = source_network(run, args), shifts.load(*run.pair, run.root)
-        print(f"\n{run.title}, flex: seconds, and validation accuracies of the candidates")
-        for _ in range(3):
-            task, start = run.task(net, domain), time.perf_counter()
-            units = *([unit] for unit in flextune.candidates(net)), [*range(1, len(net) + 1)]
-            theirs = [literal(task, mine)[1] for mine in units]
-            middle = time.perf_counter()
-            ours = [one.accuracy for one in flextune.flex(task).tuned.values()]
-            times = middle - start, time.perf_counter() - middle
-            for name, seconds, all_ in zip(("literal", "ours"), times, (theirs, ours)):
-                print(f"{name:7} {seconds:8.1f} ", *(f"{a:.4f}" for a in all_))
-            print(f"{times[0] / times[1]:.2f} times as fast")
 
 
 # ---------------------------------------------------------------- command line
@@ -930,9 +892,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     (sources, targets), zero = map(dict.fromkeys, zip(*SCENARIOS)), partial(whole, least=0)
 
     def add(name, help, **options):
-        if options:
-            options.setdefault("metavar", "X")
-        parser.add_argument(name, help=help, **options or {"action": "store_true"})
+        options = {"metavar": "X", **options} if options else {"action": "store_true"}
+        parser.add_argument(name, help=help, **options)
 
     add("--source", f"default: that of the targets; {' '.join(sources)}", choices=sources)
     add("--target", "target domains (--list); default: all", nargs="+", choices=targets)
@@ -980,12 +941,12 @@ def print_scenarios(pairs: list[tuple[str, str]], data: str | None) -> None:
     table = [["source", "network", "target", "ratios", "accuracy", "data"]]
     for source, target in pairs:
         family, found = SCENARIOS[source, target], []
-        for name in [*shifts.needs(source, target), *family.files] if data != "builtin" else ():
+        for name in [*shifts.needs(source, target), *family.files]:
             there = shifts.ORIGINS[name].there(Path(data or "data"))
             found.append(f"{name} {'there' if there else 'missing'}")
-        ratios, data_sets = " ".join(map(str, family.ratios)), ", ".join(found) or "built-in images"
-        accuracy = f"top-{family.tuning.top_k}"
-        table.append([source, family.network, target, ratios, accuracy, data_sets])
+        found = ["built-in images"] if data == "builtin" else found
+        ratios, accuracy = " ".join(map(str, family.ratios)), f"top-{family.tuning.top_k}"
+        table.append([source, family.network, target, ratios, accuracy, ", ".join(found)])
     print_columns(table, left=len(table[0]))
 
 
@@ -1017,9 +978,11 @@ def runs_of(pair: tuple[str, str], root: Path | None, args) -> list[Run]:
             raise ValueError("--network: in the place of Inception2 it needs real data (--data)")
         weights = family.weights and (lambda root: build())
         family = replace(family, network=name, build=build, weights=weights, files=(), code=(code,))
-    methods = [m for m in METHODS if m in (args.methods or methods_of(pair[0]))]
-    methods = (*methods, *["flex-i2i"] * args.image_to_image)
-    searched = RETRIEVAL if 4 in args.table and has_gallery(pair, root) else ()
+    asked = args.methods or METHODS.keys() - family.left_out
+    methods = tuple(m for m in METHODS if m in asked) + ("flex-i2i",) * args.image_to_image
+    # Images to search are the source's: PACS can be run without those of ILSVRC.
+    there = not root or pair[0] != "ilsvrc" or shifts.ORIGINS["ilsvrc"].there(root)
+    searched = RETRIEVAL if there and 4 in args.table else ()
     for ratio in sorted(set(args.ratio or family.ratios)):
         batch_size, most, _ = family.protocol(ratio)
         for number in range(args.runs or (20 if ratio == family.ratios[0] else 1)):
@@ -1038,13 +1001,10 @@ def runs_of(pair: tuple[str, str], root: Path | None, args) -> list[Run]:
 
 
 def missing(run: Run, args) -> tuple[str, ...]:
-    """The methods of a run that have no result."""
-
-    def there(method):
-        row = read_row(run.path(method, args.out))
-        return row and not args.save and (method not in run.searched or "retrieval" in row)
-
-    return tuple(method for method in run.methods if not there(method))
+    """The methods of a run that have no result, or one without Table 4's figure."""
+    rows = {m: read_row(run.path(m, args.out)) or {} for m in run.methods}
+    wanted = {m: "retrieval" if m in run.searched else "test" for m in run.methods}
+    return tuple(m for m in run.methods if args.save or wanted[m] not in rows[m])
 
 
 def run_scenarios(pairs: list[tuple[str, str]], args) -> None:
@@ -1120,8 +1080,7 @@ def main(argv: list[str] | None = None) -> None:
         with contextlib.redirect_stdout(None) if RANK else contextlib.nullcontext():
             pairs = scenarios(args)
             print_scenarios(pairs, args.data) if args.list else run_scenarios(pairs, args)
-        if sys.stdout is not None:
-            sys.stdout.flush()  # what cannot be printed is found here
+        print(end="", flush=True)  # what cannot be printed is found here
     except KeyboardInterrupt:
         status, problem = 130, "interrupted; finished runs are in the folder of results"
     except (OSError, MemoryError, RuntimeError, ValueError) as error:

@@ -2196,8 +2196,9 @@ def test_retrieval_for_pacs_is_in_all_of_ilsvrc_by_the_classes_of_the_head(monke
     assert labels.tolist() == [-1, 0, -1, 1, 3, 4, 5, -1]
     assert torch.equal(run_all.source_gallery(ilsvrc, tmp_path)[1], y)
     assert torch.equal(run_all.source_gallery(pacs, None)[1], y)
-    assert not run_all.has_gallery(pacs, tmp_path)  # ILSVRC has to be put there
-    assert run_all.has_gallery(pacs, None)
+    args = run_all.parse(["--table", "4", "--runs", "1"])
+    assert not run_all.runs_of(pacs, tmp_path, args)[0].searched  # ILSVRC has to be put there
+    assert run_all.runs_of(pacs, None, args)[0].searched == run_all.RETRIEVAL
 
 
 SWEEP = "--source mnist --target blurry svhn --ratio 3 30 --runs 2 --data builtin"
