@@ -134,8 +134,7 @@ class Family:
     build: Callable[[], nn.Sequential]
     ratios: tuple[int, ...]  # images per class, about; the largest is the whole pool
     tuning: Settings  # but for what depends on the ratio and on the command line
-    # By ratio, the smallest first: images per step, most epochs, steps between validations.
-    steps: tuple[tuple[int, int, int], ...]
+    steps: tuple[tuple[int, int, int], ...]  # by ratio: batch size, most epochs, steps to validate
     pretraining: Settings
     epochs: int | None = None  # of the pretraining: the last state; None: the best one
     weights: Callable[[Path], nn.Sequential] | None = None  # of real data: the pretrained network
@@ -186,9 +185,8 @@ ILSVRC = Family(
     left_out=("ft-fc-2",),  # one last unit alone is tuned
 )
 GREY = partial(models.cifar_net, channels=1)
-QUICKDRAW = replace(
-    CIFAR, build=GREY, built_in=CIFAR.built_in | {"build": partial(GREY, width=0.25)}
-)
+NARROW = CIFAR.built_in | {"build": partial(GREY, width=0.25)}
+QUICKDRAW = replace(CIFAR, build=GREY, built_in=NARROW)
 PACS = replace(ILSVRC, ratios=(2, 20, 200), tuning=Settings(lr=1e-4), head=models.pacs_head)
 FAMILIES = {"mnist": MNIST, "cifar": CIFAR, "quickdraw": QUICKDRAW, "ilsvrc": ILSVRC}
 SCENARIOS = {pair: PACS if pair[1] in shifts.PACS else FAMILIES[pair[0]] for pair in TARGETS}
@@ -220,19 +218,16 @@ def supplement(scenario: tuple, method: str) -> list[int]:
 
 def image_to_image(target: str) -> type[nn.Module]:
     """The image-to-image unit for a target: special where the kind of shift is known."""
-    if target in ("yuv", "hsv"):
-        return models.Pixelwise
-    affine = target.startswith(("transform-", "scaling-")) or target == "rotation"
-    return models.SpatialTransformer if affine else models.UNet
+    if target.startswith(("transform-", "scaling-", "rotation")):
+        return models.SpatialTransformer
+    return models.Pixelwise if target in ("yuv", "hsv") else models.UNet
 
 
 def flex_i2i(task: Task, target: str) -> Selection:
     """Algorithm 1 with one more candidate, 0: a unit before N, and nothing else tuned (5.4)."""
-    unit = partial(image_to_image(target), channels=task.train[0].shape[1])
-    unit = seeded(unit, task.settings.seed)
-    tuned = dict(flextune.flex(task).tuned)
+    unit = seeded(partial(image_to_image(target), task.train[0].shape[1]), task.settings.seed)
     before = flextune.fine_tune(replace(task, net=nn.Sequential(unit, *task.net)), 1)
-    tuned[0] = replace(before, units=(0,))
+    tuned = flextune.flex(task).tuned | {0: replace(before, units=(0,))}
     best = max(tuned, key=lambda unit: tuned[unit].accuracy)  # of equals, a part of N
     return Selection(chosen=best, best=best, tuned=tuned)
 
@@ -425,8 +420,7 @@ def read_row(path: Path) -> dict | None:
 def read_network(path: Path) -> dict | None:
     """The state of a network as it was written; None if there is none, or a broken one."""
     with contextlib.suppress(Exception), zipfile.ZipFile(path) as file:
-        if all(part.compress_type == zipfile.ZIP_STORED for part in file.infolist()):
-            # None of it is larger when it is unpacked.
+        if not any(part.compress_type for part in file.infolist()):  # none gets larger unpacked
             kept = torch.load(path, weights_only=True)
             return kept["net"] if kept["md5"] == md5(*kept["net"], *kept["net"].values()) else None
 
@@ -443,12 +437,13 @@ def execute(run: Run, net: nn.Sequential, domain, gallery, args, progress: Calla
         return {name: value for name, value in row.items() if name not in ("net", "accuracy")}
 
     for method in run.methods:
-        result = methods[method](task)
+        choice = methods[method](task)
+        result = choice.result if isinstance(choice, Selection) else choice
         row = run.head(method) | {"images": len(task.train[1]), "settings": as_row(task.settings)}
         row["names"] = [name.replace("/", ".") for name in net._modules]
-        if isinstance(result, Selection):
-            choice, result = result, result.result
-            row |= record(result) | {
+        row |= record(result)
+        if isinstance(choice, Selection):
+            row |= {
                 "epochs": sum(one.epochs for one in choice.tuned.values()),
                 "seconds": sum(one.seconds for one in choice.tuned.values()),
                 "chosen": str(choice.chosen),
@@ -461,8 +456,6 @@ def execute(run: Run, net: nn.Sequential, domain, gallery, args, progress: Calla
                 row["certainty"] = flextune.certainty(task, choice)
             if method == "flex-i2i":
                 row["pairs"] = image_pairs(choice.tuned[0].net[0], test[0][:4])
-        else:
-            row |= record(result)
         if method in run.searched:
             row["retrieval"] = retrieval(task, result.net, gallery(run.pair, run.root), test)
         write(run.path(method, args.out), json.dumps(row | {"md5": md5(json.dumps(row))}).encode())
@@ -482,8 +475,8 @@ def image_pairs(unit: nn.Module, x: torch.Tensor) -> dict:
     """Images [N, channels, H, W] before and after an image-to-image unit, for a JSON file."""
     before = x.to(next(unit.parameters()).device) / 255
     pairs = torch.stack([before, unit(before).clamp(0, 1)], 1).flatten(0, 1)
-    if pairs.shape[2] > 64:
-        pairs = nn.functional.interpolate(pairs, (64, 64), mode="bilinear", antialias=True)
+    side = min(64, pairs.shape[2])
+    pairs = nn.functional.interpolate(pairs, (side, side), mode="bilinear", antialias=True)
     pixels = (pairs * 255).round().byte().permute(0, 2, 3, 1).cpu().contiguous().numpy()
     return {"shape": [len(x), 2, *pixels.shape[1:]], "hex": pixels.tobytes().hex()}
 
@@ -540,8 +533,7 @@ def literal(task: Task, units: list[int], epochs: int | None = None):
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         for epoch in range(1, last + 1):
-            tuned.train()
-            for module in tuned.modules():
+            for module in tuned.train().modules():
                 module.training &= not isinstance(module, nn.BatchNorm2d)
             for batch in torch.randperm(len(y), generator=order).split(settings.batch_size):
                 optimizer.zero_grad()
@@ -580,11 +572,11 @@ def run_benchmark(runs: list[Run], args) -> None:
 
 BUILT_IN = "BUILT-IN DATA: drawn by shifts.py, no figure compares with the paper's"
 DATA = {"real": "real data", "built-in": BUILT_IN}
-Groups = dict[tuple, dict[str, list[dict]]]  # all that tables and figures are made of
+Groups = dict[tuple, dict[str, list[dict]]]
 
 
 def grouped(rows: list[dict]) -> Groups:
-    """Result rows by scenario (source, target, ratio, data, network), and of each by method."""
+    """All that tables and figures are made of: the result rows by scenario and by method."""
     groups = defaultdict(lambda: defaultdict(list))
     for row in rows:
         scenario = (row[name] for name in ("source", "target", "ratio", "data", "network"))
@@ -934,6 +926,11 @@ def scenarios(args) -> list[tuple[str, str]]:
             raise ValueError(f"--ratio: the largest of {' -> '.join(pair)} is {largest}")
     if args.data not in (None, "builtin") and not Path(args.data or "-").is_dir():
         raise ValueError(f"--data: there is no folder {args.data}; for the drawn images: builtin")
+    runs = [run for pair in pairs for run in runs_of(pair, Path(), args)]
+    if args.save and (len(runs) > 1 or args.save.exists() and not args.save.is_file()):
+        raise ValueError("--save: name a file, and one --target, one --ratio and --runs 1")
+    if args.figures and not find_spec("matplotlib"):
+        raise ValueError("--figures needs matplotlib: pip install matplotlib")
     return pairs
 
 
@@ -1009,15 +1006,9 @@ def missing(run: Run, args) -> tuple[str, ...]:
 
 def run_scenarios(pairs: list[tuple[str, str]], args) -> None:
     """Run what has no result yet, in this rank's share, and show all results."""
-    # What cannot be written is better found now than after the training.
-    runs = [run for pair in pairs for run in runs_of(pair, Path(), args)]
-    if args.save and (len(runs) > 1 or args.save.exists() and not args.save.is_file()):
-        raise ValueError("--save: name a file, and one --target, one --ratio and --runs 1")
-    if args.figures and not find_spec("matplotlib"):
-        raise ValueError("--figures needs matplotlib: pip install matplotlib")
     for folder in filter(None, (args.out, args.figures, args.save and args.save.parent)):
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        tempfile.TemporaryFile(dir=folder).close()  # it is better found now than after the training
     if RANK:  # rank 0 downloads, then the others see what is there
         reached("planned")
     runs = plan(pairs, args)
@@ -1066,10 +1057,9 @@ def show(groups: Groups, args) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     with contextlib.suppress(AttributeError, OSError, TypeError):
-        # Leave freed memory with the process: to get it anew from Linux in every step takes a third
-        # of the time of a small network. These are M_MMAP_THRESHOLD and M_TRIM_THRESHOLD.
-        ctypes.CDLL(None).mallopt(-3, 1 << 30)
-        ctypes.CDLL(None).mallopt(-1, -1)
+        # Keep freed memory: to get it anew in every step takes a third of a small network's time.
+        ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
     if TORCHRUN and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # a sum depends on the threads: the same for any number of ranks
     status, problem, args = 2, "", None
