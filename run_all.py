@@ -134,7 +134,7 @@ class Family:
     build: Callable[[], nn.Sequential]
     ratios: tuple[int, ...]  # images per class, about; the largest is the whole pool
     tuning: Settings  # but for what depends on the ratio and on the command line
-    steps: tuple[tuple[int, int, int], ...]  # by ratio: batch size, most epochs, steps to validate
+    steps: tuple[tuple[int, int, int], ...]  # by ratio, the smallest first: see `protocol`
     pretraining: Settings
     epochs: int | None = None  # of the pretraining: the last state; None: the best one
     weights: Callable[[Path], nn.Sequential] | None = None  # of real data: the pretrained network
@@ -145,7 +145,7 @@ class Family:
     left_out: tuple[str, ...] = ()  # of METHODS, by the paper
 
     def protocol(self, ratio: int) -> tuple[int, int, int]:
-        """Of the `steps`, those of this ratio, or of the next smaller one in the paper."""
+        """Batch size, most epochs, steps between validations: of this ratio, or the next below."""
         return self.steps[max(sum(ratio >= other for other in self.ratios) - 1, 0)]
 
 
@@ -309,10 +309,9 @@ def shared(what: str, steps: int) -> Iterator[int]:
 
 
 class Progress:
-    """On standard error: what is under way, and about how long all of it takes.
+    """On rank 0's standard error: what is under way, and about how long all of it takes.
 
-    On a terminal it is one line that is rewritten. Elsewhere it is plain lines, one when a step
-    begins and then one in ten seconds at most. Of several ranks the first speaks for all.
+    On a terminal it is one line. Elsewhere a step begins a line, then comes one in ten seconds.
     """
 
     def __init__(self, *costs: float):
@@ -348,11 +347,9 @@ class Run:
     family: Family
     searched: tuple[str, ...] = ()  # the methods that Table 4 asks for
 
-    @property
     def title(self) -> str:
         return f"{' -> '.join(self.pair)}, ratio {self.ratio}, seed {self.settings.seed}"
 
-    @property
     def source(self) -> tuple:
         """What the source network depends on."""
         return self.pair[0], self.family.head, self.root, self.network
@@ -521,10 +518,8 @@ def source_gallery(pair: tuple[str, str], root: Path | None) -> shifts.Data:
 
 
 def literal(task: Task, units: list[int], epochs: int | None = None):
-    """`flextune.fine_tune` as anyone would write it: the whole network in every step.
-
-    Returns (network, accuracy, epochs). The tests compare ours with it.
-    """
+    """`flextune.fine_tune` as anyone would write it: the whole network in every step. The tests
+    compare ours with it. Returns (network, accuracy, epochs)."""
     net, settings, last = copy.deepcopy(task.net), task.settings, epochs or task.settings.max_epochs
     tuned = nn.ModuleList(net[unit - 1] for unit in units).requires_grad_(True)
     optimizer = torch.optim.Adam(tuned.parameters(), lr=settings.lr)
@@ -555,7 +550,7 @@ def run_benchmark(runs: list[Run], args) -> None:
     """flex by the literal loop and by ours, by turns: what each takes and what it gives."""
     for run in runs:
         net, domain = source_network(run, args), shifts.load(*run.pair, run.root)
-        print(f"\n{run.title}, flex: seconds, and validation accuracies of the candidates")
+        print(f"\n{run.title()}, flex: seconds, and validation accuracies of the candidates")
         for _ in range(3):
             task, start = run.task(net, domain), time.perf_counter()
             units = *([unit] for unit in flextune.candidates(net)), [*range(1, len(net) + 1)]
@@ -576,7 +571,7 @@ Groups = dict[tuple, dict[str, list[dict]]]
 
 
 def grouped(rows: list[dict]) -> Groups:
-    """All that tables and figures are made of: the result rows by scenario and by method."""
+    """The result rows, by scenario and by method: all that tables and figures are made of."""
     groups = defaultdict(lambda: defaultdict(list))
     for row in rows:
         scenario = (row[name] for name in ("source", "target", "ratio", "data", "network"))
@@ -624,13 +619,13 @@ def print_scenario(scenario: tuple, methods: dict[str, list[dict]]) -> None:
     numbered = {str(number): f"{number} {name}" for number, name in enumerate(first["names"], 1)}
     print(f"\n{source} -> {target}, ratio {ratio}: {first['images']} training images", end=", ")
     print(f"{runs} run{'s' * (runs > 1)}, top-{first['settings']['top_k']} accuracy\n{DATA[data]}")
-    head = ["method", "validation", "test", "epochs", "seconds"]
-    table = [[*head, *["paper"] * comparable(scenario), ""]]
+    known = comparable(scenario)
+    table = [["method", "validation", "test", "epochs", "seconds", *["paper"] * known, ""]]
     for method, mine in methods.items():
         worse = any(row["val"] < row["history"][0][1] for row in mine)  # in a run or more
         notes = ["below the source"] * worse + ["diverged"] * any(row["diverged"] for row in mine)
         costs = f"{average(mine, 'epochs'):.0f}", f"{average(mine, 'seconds'):.1f}"
-        theirs = [str(paper(scenario, method) or "not published")] * comparable(scenario)
+        theirs = [str(paper(scenario, method) or "not published")] * known
         accuracies = mean(mine, "val"), mean(mine, "test")
         table.append([method, *accuracies, *costs, *theirs, ", ".join(notes)])
     print_columns(table, left=1)
@@ -642,10 +637,9 @@ def print_scenario(scenario: tuple, methods: dict[str, list[dict]]) -> None:
             print(f"best proxies of {method} in the paper's supplement: {best}, ...")
     if flex := [row["certainty"] for row in methods.get("flex", ())]:
         lead, error, bound = (average(flex, name) for name in ("lead", "error", "bound"))
-        ties = sum(len(row["tied"]) > 1 for row in methods["flex"])
         print(f"flex's choice leads the next by {lead:.3f} \u00b1 {error:.3f} on the", end=" ")
         print(f"validation set (there, with probability 95%, all are within {bound:.3f})")
-        if ties:
+        if ties := sum(len(row["tied"]) > 1 for row in methods["flex"]):
             print(f"it is tied in {ties} of {runs} runs: the smallest unit is taken")
 
 
@@ -717,14 +711,15 @@ def print_table_3(groups: Groups) -> None:
             theirs = {m: a for m in columns if (a := paper(scenario, m))}
             baselines = {*BASELINES} - {*SCENARIOS[source, target].left_out}
             spread = {m: f"{statistics.stdev(a):.3f} " for m, a in runs.items() if len(a) > 1}
-            head = f"{target}, {ratio} ({max(map(len, runs.values()))})"
-            lines = {head: marked(ours, baselines), "  deviation": spread}
+            name = f"{target}, {ratio} ({max(map(len, runs.values()))})"
+            lines = {name: marked(ours, baselines), "  deviation": spread}
             if len(theirs) > 1:
                 common = ours.keys() & theirs.keys()
                 lines["  paper"] = marked(theirs, baselines)
                 lines["  difference"] = {m: f"{ours[m] - theirs[m]:+.3f} " for m in common}
-            for head, line in lines.items():
-                table += [[head, *(line.get(m, "") for m in columns)]] if line else []
+            for name, line in lines.items():
+                if line:
+                    table.append([name, *(line.get(m, "") for m in columns)])
             highest = max(a for m, a in ours.items() if m != "source" or len(ours) == 1)
             best.update(m for m in ours if ours[m] == highest)
             for method in PROXIES:
@@ -1019,7 +1014,7 @@ def run_scenarios(pairs: list[tuple[str, str]], args) -> None:
     left = [missing(run, args) for run in runs]
     if done := left.count(()):
         print(f"{done} of {len(runs)} runs have results in {args.out} (for others: --out, --seed)")
-    sources = {run.source: run for run, methods in zip(runs, left) if methods}
+    sources = {run.source(): run for run, methods in zip(runs, left) if methods}
     network, gallery = cache(lambda key: source_network(sources[key], args)), cache(source_gallery)
     for number in shared("sources", len(sources)):
         network([*sources][number])
@@ -1029,11 +1024,11 @@ def run_scenarios(pairs: list[tuple[str, str]], args) -> None:
     for number in shared("runs", len(runs)):
         run = replace(runs[number], methods=missing(runs[number], args))
         if run.methods:
-            progress.begin(number, run.title)
+            progress.begin(number, run.title())
             if loaded != (run.pair, run.root):
                 domain, loaded = None, (run.pair, run.root)  # one in memory at a time
                 domain = shifts.load(*run.pair, run.root, partial(progress, 0))
-            execute(run, network(run.source), domain, gallery, args, progress)
+            execute(run, network(run.source()), domain, gallery, args, progress)
     flextune.show("")
     reached("finished")
     if RANK == 0:
