@@ -49,7 +49,7 @@ from flextune import Result, Selection, Settings, Task
 # ---------------------------------------------------------------- scenarios and published figures
 #
 # Table 2's accuracy of the source network on each target (QuickDraw's of Table 3), and the first
-# units in the order of their proxies' validation accuracy: for each ratio fast-flex's, then for each
+# units in the order of their proxies' validation accuracy, fast-flex's at each ratio and then
 # faster-flex's, of the unpublished supplement (authors' code). A digit is a unit, a to d are units
 # 10 to 13, and 0 is the source network itself.
 TARGETS = """
@@ -136,21 +136,21 @@ class Family:
     tuning: Settings  # but for what depends on the ratio and on the command line
     steps: tuple[tuple[int, int, int], ...]  # by ratio, the smallest first: see `protocol`
     pretraining: Settings
-    epochs: int | None = None  # of the pretraining: the last state; None: the best one
-    weights: Callable[[Path], nn.Sequential] | None = None  # of real data: the pretrained network
-    files: tuple[str, ...] = ()  # of these weights, of shifts.ORIGINS
-    code: tuple[bytes, ...] = ()  # that gives the network, where it is not ours
+    epochs: int | None = None  # of pretraining, to the last state; None: stop early, at the best
+    weights: Callable[[Path], nn.Sequential] | None = None  # reads a network pretrained elsewhere
+    files: tuple[str, ...] = ()  # what it reads, as shifts.ORIGINS names it
+    code: tuple[bytes, ...] = ()  # of the file that --network names
     head: Callable[[nn.Sequential], nn.Sequential] = copy.copy  # what becomes of its last layer
     built_in: dict = field(default_factory=dict)  # what is other on built-in data
-    left_out: tuple[str, ...] = ()  # of METHODS, by the paper
+    left_out: tuple[str, ...] = ()  # methods that the paper does not run here
 
     def protocol(self, ratio: int) -> tuple[int, int, int]:
         """Batch size, most epochs, steps between validations: of this ratio, or the next below."""
         return self.steps[max(sum(ratio >= other for other in self.ratios) - 1, 0)]
 
 
-# When a training ends is ours (Settings.patience): the authors' ends at the first validation that is
-# worse than the one before by .0025 (PACS .025), and its last state is kept.
+# When a training ends is ours (Settings.patience): the authors' ends at the first validation worse
+# than the one before by .0025 (PACS .025), and its last state is kept.
 MNIST = Family(
     network="4-layer",
     build=models.mnist_net,
@@ -182,7 +182,7 @@ ILSVRC = Family(
     weights=lambda root: models.load_inception2(root / "inception2.npz"),
     files=("inception2",),
     built_in={"tuning": Settings(lr=1e-3, patience=3), "steps": ((32, 300, 20),) * 3},
-    left_out=("ft-fc-2",),  # one last unit alone is tuned
+    left_out=("ft-fc-2",),  # of its last units the last alone is tuned (section 5.1)
 )
 GREY = partial(models.cifar_net, channels=1)
 NARROW = CIFAR.built_in | {"build": partial(GREY, width=0.25)}
@@ -345,7 +345,7 @@ class Run:
     settings: Settings  # with the seed of the draw, but for how often it is validated
     methods: tuple[str, ...]
     family: Family
-    searched: tuple[str, ...] = ()  # the methods that Table 4 asks for
+    searched: tuple[str, ...] = ()  # the methods that retrieve images, for Table 4
 
     def title(self) -> str:
         return f"{' -> '.join(self.pair)}, ratio {self.ratio}, seed {self.settings.seed}"
@@ -375,7 +375,7 @@ class Run:
 
     def cost(self) -> float:
         """About how long it takes, for the time left: only the proportions of runs matter."""
-        trainings = 12 if "flex" in self.methods else len(self.methods)
+        trainings = 12 if "flex" in self.methods else len(self.methods)  # about: flex has most
         image = {"4-layer": 1, "7-layer": 10}.get(self.family.network, 300 if self.root else 6)
         return trainings * image * (self.ratio + 100)  # to validate takes as long as ratio 100
 
@@ -417,7 +417,7 @@ def read_row(path: Path) -> dict | None:
 def read_network(path: Path) -> dict | None:
     """The state of a network as it was written; None if there is none, or a broken one."""
     with contextlib.suppress(Exception), zipfile.ZipFile(path) as file:
-        if not any(part.compress_type for part in file.infolist()):  # none gets larger unpacked
+        if not any(part.compress_type for part in file.infolist()):  # else it could fill the memory
             kept = torch.load(path, weights_only=True)
             return kept["net"] if kept["md5"] == md5(*kept["net"], *kept["net"].values()) else None
 
@@ -596,7 +596,7 @@ def average(rows: list[dict], name: str = "test") -> float:
 
 
 def mean(rows: Iterable[dict], name: str) -> str:
-    """The mean of those that have it, and over several runs the standard deviation."""
+    """The mean over the rows that have it, and of several the standard deviation."""
     values = [row[name] for row in rows if name in row]
     spread = f" \u00b1 {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.3f}{spread}" if values else "-"
