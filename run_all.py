@@ -182,7 +182,7 @@ ILSVRC = Family(
     weights=lambda root: models.load_inception2(root / "inception2.npz"),
     files=("inception2",),
     built_in={"tuning": Settings(lr=1e-3, patience=3), "steps": ((32, 300, 20),) * 3},
-    left_out=("ft-fc-2",),  # of its last units the last alone is tuned (section 5.1)
+    left_out=("ft-fc-2",),  # it has a single fully connected unit (section 5.1)
 )
 GREY = partial(models.cifar_net, channels=1)
 NARROW = CIFAR.built_in | {"build": partial(GREY, width=0.25)}
