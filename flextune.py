@@ -22,7 +22,6 @@ import math
 import shutil
 import sys
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -512,16 +511,10 @@ def split(model: nn.Module, x: torch.Tensor, units: int | Iterable[str] = 1) -> 
     return net
 
 
-def original(net: nn.Sequential) -> dict[str, torch.Tensor]:
-    """The state of a network that was split, by the names of the model that it was split from."""
-    theirs = net.state_dict()
-    state = OrderedDict((name.split(".body.", 1)[1], tensor) for name, tensor in theirs.items())
-    versions = sorted(theirs._metadata.items(), key=lambda pair: pair[1].get("version", 0))
-    state._metadata = {  # the versions of modules, which some look at when they load
-        f"{name}.".split(".body.", 1)[1][:-1]: version
-        for name, version in versions
-        if ".body" in name
-    }
+def original(net: nn.Sequential, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state of `model` with the weights of `net`, which was split from it, by its own names."""
+    state = model.state_dict()
+    state.update({name.split(".body.", 1)[1]: w for name, w in net.state_dict().items()})
     return state
 
 

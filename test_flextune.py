@@ -2177,6 +2177,7 @@ class Tokens(nn.Module):
         self.embed, self.place = nn.Embedding(20, 8), nn.Parameter(torch.rand(1, 6, 8))
         layers = (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(3))
         self.encoder, self.head = nn.Module(), nn.Linear(8, 3)
+        self.pooler = nn.Linear(8, 8)  # never used, but in the state
         self.encoder.layers = nn.ModuleList(layers)
         self.encoder.forward = self.encode
 
@@ -2222,7 +2223,7 @@ def test_split_gives_what_the_model_gives(build, units, names):
                 given.append(copy.deepcopy(one).train(training)(images))
             assert torch.equal(*given)
     assert {w.data_ptr() for w in net.parameters()} == {w.data_ptr() for w in model.parameters()}
-    assert flextune.original(net).keys() == model.state_dict().keys()
+    assert flextune.original(net, model).keys() == model.state_dict().keys()
 
 
 def test_split_and_back_again():
@@ -2230,10 +2231,10 @@ def test_split_and_back_again():
     torch.manual_seed(0)
     model, y = Tokens(), torch.tensor([0, 1, 2, 0])
     net = flextune.split(model, WORDS)
-    assert [*net._modules] == ["embed", "encoder", "head"] and "place" in flextune.original(net)
+    assert [*net._modules] == ["embed", "encoder", "head"]
     task = Task(net, (WORDS, y), (WORDS, y), FAST)
     result = flextune.flex(task).tuned["all"]
-    model.load_state_dict(flextune.original(result.net))
+    model.load_state_dict(flextune.original(result.net, model))
     with torch.no_grad():
         logits = model.eval()(WORDS)["logits"]
     assert (logits.argmax(1) == y).float().mean().item() == result.accuracy
