@@ -495,14 +495,12 @@ def split(model: nn.Module, x: torch.Tensor, units: int | Iterable[str] = 1) -> 
     x [N, ...] and x[:1], and in training mode on x.
     """
     opened = set() if isinstance(units, int) else {units} if isinstance(units, str) else set(units)
-    if unknown := opened - {name for name, _ in model.named_modules()}:
-        raise ValueError(f"the model has no modules of these names: {', '.join(unknown)}")
-    try:
-        net = _cut(model, x, opened)
-    except Exception as error:
-        hint = "write the nn.Sequential, and assert torch.equal(net(x), model(x))"
-        raise ValueError(f"{type(model).__name__} cannot be split ({error}): {hint}") from error
     sizes = {name: sum(w.numel() for w in m.parameters()) for name, m in model.named_modules()}
+    if unknown := opened - {*sizes}:
+        raise ValueError(f"the model has no modules of these names: {', '.join(unknown)}")
+    hint = "write the nn.Sequential, and assert torch.equal(net(x), model(x))"
+    with _refused(f"{type(model).__name__} cannot be split ({hint})"):
+        net = _cut(model, x, opened)
     for name in sorted(sizes, key=sizes.get, reverse=True) if isinstance(units, int) else ():
         if len(net) < units and sizes[name] * units > sizes[""]:  # it is larger than its share
             with contextlib.suppress(Exception):
@@ -581,21 +579,19 @@ class _Unit(nn.Module):
     def __init__(self, model, parts, outs, own, start="", end=None):
         super().__init__()
         self.outs, self.start, self.end = outs, start, end
+        kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        for name, part in parts.items():
+            stub = nn.Module()
+            stub.forward = partial(self.stub, name)
+            kept[id(part)] = part if name in own or not part.state_dict() else stub
+        self.body = copy.deepcopy(model, kept)
         inside = {weight for part in parts.values() for weight in part.parameters()}
-        there = {name for name in parts if name in own or not parts[name].state_dict()}
-        same = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        same |= {id(parts[name]): parts[name] for name in there}
-        self.body = copy.deepcopy(model, same)
         for name, weight in model.named_parameters():
             if start and weight not in inside:
                 path, _, last = name.rpartition(".")
                 delattr(self.body.get_submodule(path), last)
                 nothing = weight.detach() * math.nan
                 self.body.get_submodule(path).register_buffer(last, nothing, persistent=False)
-        for name in parts.keys() - there:
-            other = nn.Module()
-            other.forward = partial(self.other, name)
-            self.body.set_submodule(name, other)
 
     def forward(self, x):
         self.given, random, start = x, torch.get_rng_state(), self.body.get_submodule(self.start)
@@ -607,13 +603,13 @@ class _Unit(nn.Module):
 
         try:
             with start.register_forward_pre_hook(begin, with_kwargs=True, prepend=True):
-                return _logits(self.body(self.other("")))
+                return _logits(self.body(self.stub("")))
         except _End as end:
             return end.args[0]
         finally:
             self.given = None
 
-    def other(self, name, *args, **kwargs):
+    def stub(self, name, *args, **kwargs):
         """What a module that is not there gives: NaN or 0, with a row for each image."""
         if name == self.end:
             raise _End(_first((args, kwargs)))

@@ -2251,7 +2251,7 @@ def test_split_refuses_what_it_cannot_give():
         (
             random,
             1,
-            "Sequential cannot be split .the units differ for 4 images.*: write the nn.Seq",
+            "Sequential cannot be split .write the nn.Seq.*: the units differ for 4 images",
         ),
         (Tokens(), 1, "Tokens cannot be split"),
         (ResNet(), "layer9", "the model has no modules of these names: layer9"),
