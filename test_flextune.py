@@ -17,6 +17,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -521,6 +522,15 @@ def test_augment_sees_every_training_batch_alike_and_no_other(source, train, val
         flipped = fine_tune(source, unit, (train[0].flip(3), train[1]), val, two)
         assert result.history == flipped.history
     assert images[0] == images[1] == images[2] and len(seen) == 2 * 33
+
+
+def test_after_an_interrupt_the_task_goes_on(source, train, val):
+    task = Task(source, train, val, FAST)
+    task.report = lambda text: task.results and signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        flextune.flex(task)
+    (kept,), task.report = task.results.values(), print
+    assert flextune.flex(task).tuned[1] is kept
 
 
 def test_units_have_names(train, val):
