@@ -289,9 +289,10 @@ def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None
 
 def show(text: str) -> None:
     """A line of progress on standard error, rewritten on a terminal: `Task(..., report=show)`."""
-    terminal, width = sys.stderr.isatty(), shutil.get_terminal_size().columns
-    line = f"\r{text[: width - 1]}\x1b[K" if terminal else f"{text}\n" * bool(text)
-    print(line, end="", file=sys.stderr, flush=True)
+    if sys.stderr:  # it may be closed
+        terminal, width = sys.stderr.isatty(), shutil.get_terminal_size().columns
+        line = f"\r{text[: width - 1]}\x1b[K" if terminal else f"{text}\n" * bool(text)
+        print(line, end="", file=sys.stderr, flush=True)
 
 
 @dataclass(eq=False)
