@@ -11,7 +11,7 @@ The network N = N_L o ... o N_1 is an `nn.Sequential` whose children are its uni
 from the input. It gives logits [N, classes]. x [N, ...] is uint8 (enters the network as x / 255),
 float, or int64 tokens; y is int64 [N]. No function changes what it is given. For convolutions
 `net.to(memory_format=torch.channels_last)` is the faster layout. Training seeds PyTorch's global
-random generators and puts their state back. Whatever cannot be worked with is a ValueError.
+random generators and puts their state back.
 """
 
 from __future__ import annotations
@@ -52,12 +52,6 @@ class Settings:
     bfloat16: bool = False  # train with bfloat16 products, for which many processors have units
     augment: Callable | None = None  # a function of every batch of training images, as it enters
     loss: Callable = cross_entropy  # of logits [B, classes] and labels [B]
-
-    def __post_init__(self):
-        for name in ("batch_size", "check_every", "patience", "max_epochs", "top_k"):
-            value = getattr(self, name)
-            if not hasattr(value, "__index__") or value < 1:
-                raise ValueError(f"{name} must be a whole number from 1, not {value!r}")
 
 
 @dataclass
@@ -233,10 +227,26 @@ def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None
     settings say otherwise. All else is frozen: parameters and buffers stay as they are to the bit,
     dropout is off. What the task has tuned already is not tuned again.
     """
-    numbers, settings = task.numbers(units), task.settings
-    if (numbers, epochs) in task.results:
-        return task.results[numbers, epochs]
-    start, below = time.perf_counter(), numbers[0] - 1
+    numbers = task.numbers(units)
+    if not task.results:
+        _try_out(task)
+    if (numbers, epochs) not in task.results:
+        task.results[numbers, epochs] = _train(task, numbers, epochs)
+    return task.results[numbers, epochs]
+
+
+def _try_out(task: Task) -> None:
+    """Train each unit for a step on two images, to name what cannot be trained before it is."""
+    few = 1 if len(task.train[1]) % task.settings.batch_size == 1 else 2  # the smallest batch
+    images = task.train[0][:few], task.train[1][:few]
+    small = Task(task.net, images, images, task.settings)
+    for unit in reversed(candidates(task.net)):  # the highest that fails is at fault
+        with _refused(f"unit {label(task.net, unit)}, in training"):
+            _train(small, (unit,), epochs=1)
+
+
+def _train(task: Task, numbers: tuple[int, ...], epochs: int | None) -> Result:
+    start, settings, below = time.perf_counter(), task.settings, numbers[0] - 1
     shared, x = task.outputs("train", 0 if settings.augment else below)
     net, (_, y) = task.net[:], task.train
     for number in numbers:
@@ -247,7 +257,8 @@ def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None
     history = [(0, task.source_accuracy)]
     best, state, stale, diverged = history[0], copy.deepcopy(tuned), 0, False
     last = settings.max_epochs if epochs is None else max(1, epochs)
-    with task.reproducible(), torch.enable_grad():
+    with torch.random.fork_rng(range(torch.cuda.device_count())), torch.enable_grad():
+        torch.manual_seed(settings.seed)
         for epoch in range(1, last + 1):
             for module in tuned.train().modules():
                 if isinstance(module, nn.modules.batchnorm._NormBase):
@@ -257,12 +268,11 @@ def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None
                 images = task.enter(x[batch], shared)
                 with torch.autocast(x.device.type, torch.bfloat16, settings.bfloat16):
                     images = settings.augment(images) if settings.augment else images
-                    logits = _through(net, images, shared)  # (B, classes)
+                    logits = net[shared:](images)  # (B, classes)
                 loss = settings.loss(logits.float() if settings.bfloat16 else logits, y[batch])
-                if loss.requires_grad:  # unless the units left this batch out
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
             if epoch % settings.check_every and epoch < last:
                 continue
             if diverged := any(not weight.isfinite().all() for weight in tuned.parameters()):
@@ -278,13 +288,10 @@ def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None
                 stale += 1
                 if stale == settings.patience:
                     break
-    if not optimizer.state:
-        raise ValueError(f"unit {label(net, *numbers)}: no gradient reaches it (a no_grad inside?)")
     for number, unit in zip(numbers, state.eval()):
         net[number - 1] = unit
     trained, seconds = sum(w.numel() for w in state.parameters()), time.perf_counter() - start
-    result = Result(net.eval(), numbers, best[1], epoch, seconds, history, trained, diverged)
-    return task.results.setdefault((numbers, epochs), result)
+    return Result(net.eval(), numbers, best[1], epoch, seconds, history, trained, diverged)
 
 
 def show(text: str) -> None:
@@ -310,33 +317,48 @@ class Task:
     settings: Settings = Settings()
     report: Callable[[str], None] = lambda text: None
 
+    @torch.no_grad()
     def __post_init__(self):
         candidates(self.net)
-        with _refused(
-            "train and val must be (x, y): x uint8, float or int64 [N, ...], y int64 [N]"
-        ):
-            for x, y in (self.train, self.val):
-                fits = x.is_floating_point() or x.dtype in (torch.uint8, torch.int64)
-                if not fits or y.dtype != torch.int64 or y.shape != x.shape[:1] or not len(y):
-                    raise ValueError(f"x is {x.dtype} {[*x.shape]}, y {y.dtype} {[*y.shape]}")
-                if not x.isfinite().all() or x.shape[1:] != self.train[0].shape[1:]:
-                    raise ValueError("x has NaN or infinite values, or images of another size")
+        for x, y in (self.train, self.val):
+            fits = x.dtype in (torch.uint8, torch.int64) or x.is_floating_point()
+            fits &= y.dtype == torch.int64 and y.shape == x.shape[:1] and len(y) > 0
+            if not fits or not x.isfinite().all() or x.shape[1:] != self.train[0].shape[1:]:
+                what = f"not {x.dtype} {[*x.shape]}, {y.dtype} {[*y.shape]}"
+                raise ValueError(f"x must be uint8, float or int64 [N, ...], y int64 [N], {what}")
         device = self.settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        given, self.net = self.net, nn.Sequential()
+        self.like = next(self.net.parameters()).to(device)  # has the network's precision
+        both = ((x.detach(), y) for x, y in (self.train, self.val))
+        self.train, self.val = ([tensor.to(device) for tensor in data] for data in both)
+        self.results: dict[tuple, Result] = {}
+        self._outputs: dict[str, tuple[int, torch.Tensor]] = {}
+        self._copy_units()
+        self.source_accuracy = self.accuracy(self.net)
+
+    def _copy_units(self) -> None:
+        """Copy N's units, and find out on two images what is random and what can be kept."""
+        given, self.net, self.kept = self.net, nn.Sequential(), [0]
+        images = len(self.train[1]) + len(self.val[1])
+        one, two = self.enter(self.train[0][:1]), self.enter(self.train[0][[0, -1]])
         for number, (name, unit) in enumerate(given._modules.items(), 1):
             with _refused(f"unit {label(given, number)}"):
                 # Each by itself: two units may share a dropout layer, which is on in one alone.
-                self.net.add_module(name, copy.deepcopy(unit).requires_grad_(False))
-        with _refused(f"device {device}"):
-            self.net.eval().to(device)
-        self.like = next(self.net.parameters())  # has the network's device and precision
-        both = ((x.detach(), y) for x, y in (self.train, self.val))
-        self.train, self.val = ([tensor.to(self.like.device) for tensor in data] for data in both)
-        self.results: dict[tuple, Result] = {}
-        self._outputs: dict[str, tuple[int, torch.Tensor]] = {}
-        with self.reproducible():
-            self._try_out()
-        self.source_accuracy = self.accuracy(self.net)
+                unit = copy.deepcopy(unit).eval().requires_grad_(False).to(self.like.device)
+                self.net.add_module(name, unit)
+                one = unit(one)
+                two, *again = (unit(copy.deepcopy(two)) for _ in range(8))
+                if not torch.is_tensor(two):
+                    continue
+                if any(not two.nan_to_num().equal(other.nan_to_num()) for other in again):
+                    raise ValueError("it is random in evaluation mode: frozen, it would run once")
+                if (len(one), len(two)) == (
+                    1,
+                    2,
+                ) and one.nbytes * images <= self.settings.cache_bytes:
+                    self.kept.append(number)
+        classes, labels = two.shape[1], torch.cat([self.train[1], self.val[1]])
+        if not 0 <= labels.min() <= labels.max() < classes or self.settings.top_k > classes:
+            raise ValueError(f"labels and top_k must fit the network's {classes} classes")
 
     def numbers(self, units: int | str | Iterable) -> tuple[int, ...]:
         """Units, by number or name or "all", as sorted numbers."""
@@ -344,9 +366,8 @@ class Task:
         named = {label(self.net, unit).partition(" ")[2]: unit for unit in every}
         one = isinstance(units, str) or not isinstance(units, Iterable)
         wanted = every if units == "all" else [units] if one else units
-        with _refused(f"units {units}"):
-            numbers = {named.get(unit, unit) for unit in wanted}
-        if not numbers <= set(every) or not numbers & set(can):
+        numbers = {named.get(unit, unit) for unit in wanted}
+        if not numbers <= {*every} or not numbers & {*can}:
             known = ", ".join(label(self.net, unit) for unit in can)
             raise ValueError(f"{units}: the units that can be tuned are {known}")
         return tuple(sorted(map(int, numbers)))
@@ -355,17 +376,15 @@ class Task:
         """(n, what N's lowest n units make of the "train" or "val" images); of 0, the images.
 
         Frozen units give the same in every epoch of every network, so they run once. n is the
-        largest number up to `most` whose outputs of both sets fit `cache_bytes`. The units above
-        it run again for every batch.
+        largest number up to `most` whose outputs are kept. The units above run for every batch.
         """
-        images, (x, _) = len(self.train[1]) + len(self.val[1]), getattr(self, name)
-        sizes = [size * images for size in self.image_bytes[: most + 1]]
-        n = max(n for n, size in enumerate(sizes) if size <= max(0, self.settings.cache_bytes))
-        done, kept = self._outputs.get(name, (0, x))
-        done, kept = (done, kept) if done <= n else (0, x)
+        n = max(n for n in self.kept if n <= most)
+        images = 0, getattr(self, name)[0]
+        done, out = self._outputs.get(name, images)
+        done, out = (done, out) if done <= n else images
         if done < n:
-            self._outputs[name] = done, kept = n, self.run(self.net[:n], kept, done)
-        return done, kept
+            self._outputs[name] = done, out = n, self.run(self.net[:n], out, done)
+        return n, out
 
     def right(self, net: nn.Sequential, shared: int = 0) -> torch.Tensor:
         """Is each image of D_val right? bool [N]. The `shared` lowest units of `net` are N's.
@@ -385,7 +404,7 @@ class Task:
     def run(self, net: nn.Sequential, x: torch.Tensor, n: int = 0) -> torch.Tensor:
         """What `net` makes of all of x, which its lowest n units have seen, 128 or so at a time."""
         parts = x.tensor_split(math.ceil(len(x) / 128))  # of one image only if there is one
-        return torch.cat([_through(net, self.enter(part, n), n) for part in parts])
+        return torch.cat([net[n:](self.enter(part, n)) for part in parts])
 
     def enter(self, x: torch.Tensor, n: int = 0) -> torch.Tensor:
         """A batch of x, which n units have seen, for the next: a copy, which it may overwrite.
@@ -395,58 +414,6 @@ class Task:
         as_is = n or x.dtype == torch.int64
         batch = x.to(self.like.device, x.dtype if as_is else self.like.dtype, copy=True)
         return batch.div_(255) if x.dtype == torch.uint8 and not n else batch
-
-    @contextlib.contextmanager
-    def reproducible(self):
-        """Random numbers from the seed and, on CUDA, the same kernels. Then all is put back.
-
-        With a recurrent layer there is no cuDNN: it refuses to go back through a frozen one.
-        """
-        recurrent = any(isinstance(module, nn.RNNBase) for module in self.net.modules())
-        cudnn = torch.backends.cudnn
-        before = cudnn.enabled, cudnn.deterministic
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            torch.manual_seed(self.settings.seed)
-            try:
-                cudnn.enabled, cudnn.deterministic = before[0] and not recurrent, True
-                yield
-            finally:
-                cudnn.enabled, cudnn.deterministic = before
-
-    @torch.no_grad()
-    def _try_out(self) -> None:
-        """Find out on two images what cannot be worked with, and what an image takes after each
-        number of units: `image_bytes`, infinite where the outputs are not one tensor of images."""
-        (x, y), self.image_bytes = self.train, [0]
-        one, two = self.enter(x[:1]), self.enter(x[[0, -1]])
-        for done, unit in enumerate(self.net):
-            up_to = self.net[: done + 1]
-            two, *again = (_through(up_to, copy.deepcopy(two), done) for _ in range(8))
-            if torch.is_tensor(two) and any(
-                not two.nan_to_num().equal(other.nan_to_num()) for other in again
-            ):
-                what = "is random in evaluation mode: frozen, it would run once"
-                raise ValueError(f"unit {label(self.net, done + 1)} {what}")
-            kept = False
-            with contextlib.suppress(Exception):  # not a tensor, or it takes no single image
-                one = unit(one)
-                kept = len(one) == 1 and two.shape == torch.cat([one, one]).shape
-            self.image_bytes.append(one.nbytes if kept else math.inf)
-        classes, labels = two.shape[1], torch.cat([y, self.val[1]])
-        if not 0 <= labels.min() <= labels.max() < classes or self.settings.top_k > classes:
-            raise ValueError(f"labels and top_k must fit the network's {classes} classes")
-        small = copy.copy(self)  # for trainings as they will be, of the smallest batch to come
-        few = 1 if len(x) % self.settings.batch_size == 1 else 2
-        small.train = small.val = x[:few], y[:few]
-        small.results, small._outputs, small.source_accuracy = {}, {}, 0.0
-        small.report = lambda text: None
-        try:
-            fine_tune(small, "all", epochs=1)
-        except Exception:
-            for unit in reversed(candidates(self.net)):  # the highest that fails is at fault
-                with _refused(f"unit {label(self.net, unit)}, in training"):
-                    fine_tune(small, unit, epochs=1)
-            raise
 
 
 def accuracy(net: nn.Sequential, data: Data, settings: Settings = Settings()) -> float:
@@ -460,14 +427,6 @@ def label(net: nn.Sequential, *units: int | str) -> str:
         return "all"
     names = ["" if name.isdigit() else f" {name.replace('/', '.')}" for name in net._modules]
     return ", ".join(f"{unit}{names[unit - 1]}" for unit in units)
-
-
-def _through(net: nn.Sequential, x, done: int = 0):
-    """What `net` makes of x, which its lowest `done` units have seen. Errors name the unit."""
-    for number, unit in enumerate(net[done:], done + 1):
-        with _refused(f"unit {label(net, number)}"):
-            x = unit(x)
-    return x
 
 
 @contextlib.contextmanager
