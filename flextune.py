@@ -7,11 +7,9 @@ This file needs PyTorch alone, so it can be copied into any project:
     selection = flex(task)  # or fast_flex, faster_flex
     selection.chosen, selection.result.accuracy, selection.result.net
 
-The network N = N_L o ... o N_1 is an `nn.Sequential` whose children are its units, numbered 1 to L
-from the input. It gives logits [N, classes]. x [N, ...] is uint8 (enters the network as x / 255),
-float, or int64 tokens; y is int64 [N]. No function changes what it is given. For convolutions
-`net.to(memory_format=torch.channels_last)` is the faster layout. Training seeds PyTorch's global
-random generators and puts their state back.
+`net` is an `nn.Sequential` whose children are its units, numbered from 1, and gives logits [N,
+classes]. x [N, ...] is uint8 (enters as x / 255), float, or int64 tokens; y is int64 [N]. No
+function changes what it is given. `net.to(memory_format=torch.channels_last)` can be faster.
 """
 
 from __future__ import annotations
@@ -28,11 +26,8 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
-
-Data = tuple[torch.Tensor, torch.Tensor]
+from torch.utils._pytree import tree_iter, tree_map, tree_map_only
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,7 @@ class Settings:
     cache_bytes: int = 2 << 30  # memory for what frozen units make of both sets, to run them once
     bfloat16: bool = False  # train with bfloat16 products, for which many processors have units
     augment: Callable | None = None  # a function of every batch of training images, as it enters
-    loss: Callable = cross_entropy  # of logits [B, classes] and labels [B]
+    loss: Callable = nn.functional.cross_entropy  # of logits [B, classes] and labels [B]
 
 
 @dataclass
@@ -223,31 +218,27 @@ def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None
 
     `units`: a number from 1 to L, a name, several of these, or "all". Returned is the state that
     validates best, of which the source network is none; with a number of `epochs`, the last one.
-    Every parameter of the units is trained. Their BatchNorm keeps its statistics unless the
-    settings say otherwise. All else is frozen: parameters and buffers stay as they are to the bit,
-    dropout is off. What the task has tuned already is not tuned again.
+    Every parameter of the units is trained, their BatchNorm as the settings say. All else is frozen:
+    parameters and buffers stay as they are to the bit, dropout is off.
     """
     numbers = task.numbers(units)
-    if not task.results:
-        _try_out(task)
+    if not task.results:  # each unit is tried out by a step on two images
+        two = [tensor[:2] for tensor in task.train]
+        small = Task(task.net, two, two, task.settings)
+        for unit in reversed(candidates(task.net)):  # the highest that fails is at fault
+            with _refused(f"unit {label(task.net, unit)}, in training"):
+                _train(small, (unit,), epochs=1)
     if (numbers, epochs) not in task.results:
-        task.results[numbers, epochs] = _train(task, numbers, epochs)
+        result = _train(task, numbers, epochs)
+        if not result.trained:
+            raise ValueError(f"unit {label(task.net, *numbers)}: no gradient reaches it (no_grad?)")
+        task.results[numbers, epochs] = result
     return task.results[numbers, epochs]
-
-
-def _try_out(task: Task) -> None:
-    """Train each unit for a step on two images, to name what cannot be trained before it is."""
-    few = 1 if len(task.train[1]) % task.settings.batch_size == 1 else 2  # the smallest batch
-    images = task.train[0][:few], task.train[1][:few]
-    small = Task(task.net, images, images, task.settings)
-    for unit in reversed(candidates(task.net)):  # the highest that fails is at fault
-        with _refused(f"unit {label(task.net, unit)}, in training"):
-            _train(small, (unit,), epochs=1)
 
 
 def _train(task: Task, numbers: tuple[int, ...], epochs: int | None) -> Result:
     start, settings, below = time.perf_counter(), task.settings, numbers[0] - 1
-    shared, x = task.outputs("train", 0 if settings.augment else below)
+    shared, x, _ = task.outputs(0 if settings.augment else below)
     net, (_, y) = task.net[:], task.train
     for number in numbers:
         net[number - 1] = copy.deepcopy(net[number - 1])
@@ -255,7 +246,7 @@ def _train(task: Task, numbers: tuple[int, ...], epochs: int | None) -> Result:
     optimizer = torch.optim.Adam(tuned.parameters(), settings.lr, fused=True)
     order = torch.Generator().manual_seed(settings.seed)
     history = [(0, task.source_accuracy)]
-    best, state, stale, diverged = history[0], copy.deepcopy(tuned), 0, False
+    best, state, diverged = history[0], copy.deepcopy(tuned), False
     last = settings.max_epochs if epochs is None else max(1, epochs)
     with torch.random.fork_rng(range(torch.cuda.device_count())), torch.enable_grad():
         torch.manual_seed(settings.seed)
@@ -270,9 +261,10 @@ def _train(task: Task, numbers: tuple[int, ...], epochs: int | None) -> Result:
                     images = settings.augment(images) if settings.augment else images
                     logits = net[shared:](images)  # (B, classes)
                 loss = settings.loss(logits.float() if settings.bfloat16 else logits, y[batch])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                if loss.requires_grad:  # unless the units leave this batch out
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
             if epoch % settings.check_every and epoch < last:
                 continue
             if diverged := any(not weight.isfinite().all() for weight in tuned.parameters()):
@@ -283,14 +275,12 @@ def _train(task: Task, numbers: tuple[int, ...], epochs: int | None) -> Result:
             what = f"unit {label(net, *numbers)}: epoch {epoch}, validation {a:.3f}"
             task.report(f"{what}, at most {left:.0f} s left")
             if epochs or best[0] == 0 or a > best[1]:
-                best, state, stale = history[-1], copy.deepcopy(tuned), 0
-            else:
-                stale += 1
-                if stale == settings.patience:
-                    break
+                best, state = history[-1], copy.deepcopy(tuned)
+            elif history.index(best) + settings.patience < len(history):
+                break
     for number, unit in zip(numbers, state.eval()):
         net[number - 1] = unit
-    trained, seconds = sum(w.numel() for w in state.parameters()), time.perf_counter() - start
+    trained, seconds = sum(w.numel() for w in optimizer.state), time.perf_counter() - start
     return Result(net.eval(), numbers, best[1], epoch, seconds, history, trained, diverged)
 
 
@@ -306,93 +296,79 @@ def show(text: str) -> None:
 class Task:
     """N, D_train and D_val: what every algorithm is given, and what its networks have in common.
 
-    Functions that are given the same task share three things: N's frozen units (`net`), what these
-    make of both sets (`outputs`), and the networks tuned so far (`results`, by unit numbers and
-    number of epochs). `report` is called with a line of text after each validation.
+    Functions that are given the same task share N's frozen units (`net`), what these make of both
+    sets (`outputs`), and the networks tuned so far (`results`, by unit numbers and number of
+    epochs). `report` is called with a line of text after each validation.
     """
 
     net: nn.Sequential  # here a copy: frozen, in evaluation mode, on the device
-    train: Data
-    val: Data
+    train: tuple[torch.Tensor, torch.Tensor]  # (x, y)
+    val: tuple[torch.Tensor, torch.Tensor]
     settings: Settings = Settings()
     report: Callable[[str], None] = lambda text: None
 
     @torch.no_grad()
     def __post_init__(self):
         candidates(self.net)
-        for x, y in (self.train, self.val):
-            fits = x.dtype in (torch.uint8, torch.int64) or x.is_floating_point()
-            fits &= y.dtype == torch.int64 and y.shape == x.shape[:1] and len(y) > 0
-            if not fits or not x.isfinite().all() or x.shape[1:] != self.train[0].shape[1:]:
-                what = f"not {x.dtype} {[*x.shape]}, {y.dtype} {[*y.shape]}"
-                raise ValueError(f"x must be uint8, float or int64 [N, ...], y int64 [N], {what}")
+        given, self.net, sets = self.net, nn.Sequential(), (self.train, self.val)
+        for x, y in sets:
+            good = x.dtype in (torch.uint8, torch.int64) or x.is_floating_point()
+            good &= y.dtype == torch.int64 and x.shape == (len(y), *self.train[0].shape[1:])
+            if not good or not x.isfinite().all():
+                what = f"x {x.dtype} {[*x.shape]}, y {y.dtype} {[*y.shape]}"
+                raise ValueError(f"x must be finite uint8, float or int64, y int64 [N], not {what}")
         device = self.settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.like = next(self.net.parameters()).to(device)  # has the network's precision
-        both = ((x.detach(), y) for x, y in (self.train, self.val))
-        self.train, self.val = ([tensor.to(device) for tensor in data] for data in both)
+        self.like = next(given.parameters()).to(device)  # the network's device and precision
+        self.train, self.val = ([tensor.detach().to(device) for tensor in data] for data in sets)
         self.results: dict[tuple, Result] = {}
-        self._outputs: dict[str, tuple[int, torch.Tensor]] = {}
-        self._copy_units()
-        self.source_accuracy = self.accuracy(self.net)
-
-    def _copy_units(self) -> None:
-        """Copy N's units, and find out on two images what is random and what can be kept."""
-        given, self.net, self.kept = self.net, nn.Sequential(), [0]
-        images = len(self.train[1]) + len(self.val[1])
-        one, two = self.enter(self.train[0][:1]), self.enter(self.train[0][[0, -1]])
+        self._outputs, self._kept = (0, self.train[0], self.val[0]), [0]
+        labels, x = torch.cat([self.train[1], self.val[1]]), self.train[0]
+        most = self.settings.cache_bytes / len(labels)  # of what an image becomes
+        one, two = self.enter(x[:1]), self.enter(x[[0, -1]])
         for number, (name, unit) in enumerate(given._modules.items(), 1):
             with _refused(f"unit {label(given, number)}"):
                 # Each by itself: two units may share a dropout layer, which is on in one alone.
-                unit = copy.deepcopy(unit).eval().requires_grad_(False).to(self.like.device)
+                unit = copy.deepcopy(unit).to(device).eval().requires_grad_(False)
                 self.net.add_module(name, unit)
-                one = unit(one)
-                two, *again = (unit(copy.deepcopy(two)) for _ in range(8))
-                if not torch.is_tensor(two):
-                    continue
-                if any(not two.nan_to_num().equal(other.nan_to_num()) for other in again):
-                    raise ValueError("it is random in evaluation mode: frozen, it would run once")
-                if (len(one), len(two)) == (
-                    1,
-                    2,
-                ) and one.nbytes * images <= self.settings.cache_bytes:
-                    self.kept.append(number)
-        classes, labels = two.shape[1], torch.cat([self.train[1], self.val[1]])
+                one, (two, *again) = unit(one), [unit(copy.deepcopy(two)) for _ in range(8)]
+                if torch.is_tensor(two):
+                    if any(not two.nan_to_num().equal(other.nan_to_num()) for other in again):
+                        raise ValueError("random in evaluation mode: frozen, it would run once")
+                    if (len(one), len(two)) == (1, 2) and one.nbytes <= most:
+                        self._kept.append(number)
+        classes = two.shape[1]
         if not 0 <= labels.min() <= labels.max() < classes or self.settings.top_k > classes:
             raise ValueError(f"labels and top_k must fit the network's {classes} classes")
+        self.source_accuracy = self.accuracy(self.net)
 
     def numbers(self, units: int | str | Iterable) -> tuple[int, ...]:
         """Units, by number or name or "all", as sorted numbers."""
         every, can = range(1, len(self.net) + 1), candidates(self.net)
         named = {label(self.net, unit).partition(" ")[2]: unit for unit in every}
-        one = isinstance(units, str) or not isinstance(units, Iterable)
-        wanted = every if units == "all" else [units] if one else units
+        wanted = every if units == "all" else [units] if isinstance(units, (int, str)) else units
         numbers = {named.get(unit, unit) for unit in wanted}
         if not numbers <= {*every} or not numbers & {*can}:
             known = ", ".join(label(self.net, unit) for unit in can)
             raise ValueError(f"{units}: the units that can be tuned are {known}")
-        return tuple(sorted(map(int, numbers)))
+        return tuple(sorted(numbers))
 
-    def outputs(self, name: str, most: int) -> tuple[int, torch.Tensor]:
-        """(n, what N's lowest n units make of the "train" or "val" images); of 0, the images.
+    def outputs(self, most: int) -> tuple[int, torch.Tensor, torch.Tensor]:
+        """(n, x_train, x_val): what N's lowest n units, which are frozen, make of both sets, once.
 
-        Frozen units give the same in every epoch of every network, so they run once. n is the
-        largest number up to `most` whose outputs are kept. The units above run for every batch.
+        n is the largest number up to `most` whose outputs can be kept; of 0, these are the images.
         """
-        n = max(n for n in self.kept if n <= most)
-        images = 0, getattr(self, name)[0]
-        done, out = self._outputs.get(name, images)
-        done, out = (done, out) if done <= n else images
+        n = max(n for n in self._kept if n <= most)
+        done, *sets = self._outputs if self._outputs[0] <= n else (0, self.train[0], self.val[0])
         if done < n:
-            self._outputs[name] = done, out = n, self.run(self.net[:n], out, done)
-        return n, out
+            sets = [self.run(self.net[:n], x, done) for x in sets]
+            self._outputs = n, *sets
+        return n, *sets
 
     def right(self, net: nn.Sequential, shared: int = 0) -> torch.Tensor:
-        """Is each image of D_val right? bool [N]. The `shared` lowest units of `net` are N's.
-
-        Of equal logits the first counts as larger, as for `argmax`. NaN are never right.
-        """
-        n, x = self.outputs("val", shared)
+        """Is each image of D_val right? bool [N]. The `shared` lowest units of `net` are N's."""
+        n, _, x = self.outputs(shared)
         logits = self.run(net, x, n)  # (N, classes)
+        # Of equal logits the first is larger, as for argmax.
         largest = logits.argsort(dim=1, descending=True, stable=True)[:, : self.settings.top_k]
         return (largest == self.val[1][:, None]).any(1) & ~logits.isnan().any(1)
 
@@ -407,16 +383,17 @@ class Task:
         return torch.cat([net[n:](self.enter(part, n)) for part in parts])
 
     def enter(self, x: torch.Tensor, n: int = 0) -> torch.Tensor:
-        """A batch of x, which n units have seen, for the next: a copy, which it may overwrite.
+        """A batch of x, which n units have seen, for the next, which may overwrite it.
 
         Images get the network's precision, uint8 as x / 255. Tokens, and what units hand on, stay.
         """
-        as_is = n or x.dtype == torch.int64
-        batch = x.to(self.like.device, x.dtype if as_is else self.like.dtype, copy=True)
-        return batch.div_(255) if x.dtype == torch.uint8 and not n else batch
+        if n or x.dtype == torch.int64:
+            return x.to(self.like.device, copy=True)
+        batch = x.to(self.like, copy=True)
+        return batch.div_(255) if x.dtype == torch.uint8 else batch
 
 
-def accuracy(net: nn.Sequential, data: Data, settings: Settings = Settings()) -> float:
+def accuracy(net: nn.Sequential, data: tuple, settings: Settings = Settings()) -> float:
     """Top-k accuracy of `net`, in evaluation mode, on `data`: in [0, 1]."""
     return Task(net, tuple(part[:2] for part in data), data, settings).source_accuracy
 
@@ -454,7 +431,7 @@ def split(model: nn.Module, x: torch.Tensor, units: int | Iterable[str] = 1) -> 
     Raises ValueError unless the units give what the model gives, to the bit: in evaluation mode on
     x [N, ...] and x[:1], and in training mode on x.
     """
-    opened = set() if isinstance(units, int) else {units} if isinstance(units, str) else set(units)
+    opened = set() if isinstance(units, int) else set(units)
     sizes = {name: sum(w.numel() for w in m.parameters()) for name, m in model.named_modules()}
     if unknown := opened - {*sizes}:
         raise ValueError(f"the model has no modules of these names: {', '.join(unknown)}")
@@ -479,11 +456,15 @@ def original(net: nn.Sequential, model: nn.Module) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def _cut(model: nn.Module, x: torch.Tensor, opened: set[str]) -> nn.Sequential:
     """`split` with these modules opened. Raises whatever goes wrong."""
-    calls, twin, parts = [], copy.deepcopy(model).eval(), _parts(model, opened)
-    for name, part in _parts(twin, opened).items():
-        record = partial(lambda name, _, *call: calls.append((name, *call)), name)
-        part.register_forward_hook(record, with_kwargs=True)
-    logits, names = _logits(twin(x)), [name for name, *_ in calls]
+    calls, twin, parts = [], copy.deepcopy(model).eval(), {}  # parts: the modules that stay whole
+    lists = nn.Sequential, nn.ModuleList, nn.ModuleDict
+    for name, module in model.named_modules():
+        opens = type(module) in lists or any(f"{one}.".startswith(f"{name}.") for one in opened)
+        if name and not opens and not any(name.startswith(f"{part}.") for part in parts):
+            parts[name] = module
+            record = partial(lambda name, _, *call: calls.append((name, *call)), name)
+            twin.get_submodule(name).register_forward_hook(record, with_kwargs=True)
+    logits, names = _tensor(twin(x)), [name for name, *_ in calls]
     weights = [{*parts[name].parameters()} for name in names]
     matrix = [any(weight.dim() > 1 for weight in some) for some in weights]
     outs = {name: out for name, *_, out in calls} | {"": x}
@@ -494,39 +475,27 @@ def _cut(model: nn.Module, x: torch.Tensor, opened: set[str]) -> nn.Sequential:
         if any(matrix[:place]) and matrix[place] and not shared:
             with contextlib.suppress(Exception):
                 rest = copy.deepcopy(unit(names[place:], name)).eval()
-                starts += [place] * torch.equal(rest(_first(given)), logits)
-    net, ends = nn.Sequential(), ["", *names[1:], None]
+                if torch.equal(rest(_tensor(given)), logits):
+                    starts.append(place)
+    net = nn.Sequential()
     for start, end in zip(starts, [*starts[1:], len(names)]):
         title = names[matrix.index(True, start)].replace(".", "/")
-        net.add_module(title, unit(names[start:end], ends[start], ends[end]))
+        net.add_module(title, unit(names[start:end], names[start] if start else ""))
     with torch.random.fork_rng():
         for images, training in ((x, False), (x[:1], False), (x, True)):
             given = []
             for twin in (copy.deepcopy(model), copy.deepcopy(net)):
                 torch.manual_seed(0)
-                given.append(_logits(twin.train(training)(images)))
+                given.append(_tensor(twin.train(training)(images)))
             if not torch.equal(*given):
                 raise ValueError(f"the units differ for {len(images)} images, {training=}")
     return net
 
 
-def _parts(module: nn.Module, opened: set[str], prefix: str = "") -> dict[str, nn.Module]:
-    """The modules that stay whole, by name."""
-    parts, lists = {}, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    for name, child in module.named_children():
-        name = prefix + name
-        inner = type(child) in lists or any(f"{one}.".startswith(f"{name}.") for one in opened)
-        parts |= _parts(child, opened, f"{name}.") if inner else {name: child}
-    return parts
-
-
-def _logits(out):
-    out = out["logits"] if isinstance(out, dict) else out
-    return getattr(out, "logits", out[0]) if isinstance(out, tuple) else out
-
-
-def _first(given) -> torch.Tensor:
-    return next(value for value in tree_leaves(given) if torch.is_tensor(value))
+def _tensor(value) -> torch.Tensor:
+    """The logits that a model gives, or the first tensor that a module is called with."""
+    value = value["logits"] if isinstance(value, dict) else value
+    return next(leaf for leaf in tree_iter(value) if torch.is_tensor(leaf))
 
 
 class _End(BaseException):
@@ -534,11 +503,11 @@ class _End(BaseException):
 
 
 class _Unit(nn.Module):
-    """`forward` from the call of `start` to that of `end`. Weights outside of modules: the first's."""
+    """`forward` from the call of `start` to that of a module that is not the unit's own."""
 
-    def __init__(self, model, parts, outs, own, start="", end=None):
+    def __init__(self, model, parts, outs, own, start):
         super().__init__()
-        self.outs, self.start, self.end = outs, start, end
+        self.outs, self.start = outs, start
         kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         for name, part in parts.items():
             stub = nn.Module()
@@ -546,38 +515,35 @@ class _Unit(nn.Module):
             kept[id(part)] = part if name in own or not part.state_dict() else stub
         self.body = copy.deepcopy(model, kept)
         inside = {weight for part in parts.values() for weight in part.parameters()}
-        for name, weight in model.named_parameters():
-            if start and weight not in inside:
-                path, _, last = name.rpartition(".")
-                delattr(self.body.get_submodule(path), last)
-                nothing = weight.detach() * math.nan
-                self.body.get_submodule(path).register_buffer(last, nothing, persistent=False)
+        for module in self.body.modules() if start else ():  # other weights are the first unit's
+            for name, weight in [*module.named_parameters(recurse=False)]:
+                if weight not in inside:
+                    delattr(module, name)
+                    module.register_buffer(name, weight.detach() * math.nan, persistent=False)
 
     def forward(self, x):
-        self.given, random, start = x, torch.get_rng_state(), self.body.get_submodule(self.start)
+        self.rows, self.device, self.begun = len(x), x.device, False
+        random, start = torch.get_rng_state(), self.body.get_submodule(self.start)
 
         def begin(_, *given):  # from here on all is real: the tensor given, and random numbers
             torch.set_rng_state(random)
-            first = _first(given)
+            self.begun, first = True, _tensor(given)
             return tree_map(lambda v: x if v is first else v, given)
 
         try:
             with start.register_forward_pre_hook(begin, with_kwargs=True, prepend=True):
-                return _logits(self.body(self.stub("")))
+                return _tensor(self.body(self.stub("")))
         except _End as end:
             return end.args[0]
-        finally:
-            self.given = None
 
-    def stub(self, name, *args, **kwargs):
+    def stub(self, name, *given, **named):
         """What a module that is not there gives: NaN or 0, with a row for each image."""
-        if name == self.end:
-            raise _End(_first((args, kwargs)))
+        if self.begun:
+            raise _End(_tensor((given, named)))
 
         def nothing(v):
-            rows = [len(self.given)] if v.shape[:1] == self.outs[""].shape[:1] else v.shape[:1]
+            rows = self.rows if v.shape[:1] == self.outs[""].shape[:1] else len(v)
             value = math.nan if v.is_floating_point() else 0
-            shape = *rows, *v.shape[1:]
-            return torch.full(shape, value, dtype=v.dtype, device=self.given.device)
+            return torch.full((rows, *v.shape[1:]), value, dtype=v.dtype, device=self.device)
 
         return tree_map_only(torch.Tensor, nothing, self.outs[name])
