@@ -175,10 +175,10 @@ def ft_fc(task: Task, n: int = 1) -> Result:
 def ft_ss(task: Task) -> Result:
     """Fine-tune the last unit and, in every layer below it, scales and shifts of frozen weights.
 
-    After Sun et al., "Meta-Transfer Learning for Few-Shot Learning", CVPR 2019: a convolution has
-    a scale for each kernel (output, input), a linear layer for each output, starting at 1. Both
-    have a shift of each output, starting at 0. Everything else, BatchNorm too, stays as it is.
-    In the returned network they are multiplied and added into the weights and biases.
+    After Sun et al., "Meta-Transfer Learning for Few-Shot Learning", CVPR 2019: a scale from 1 for
+    each kernel (output, input) of a convolution or output of a linear layer, a shift from 0 for
+    each output. All else, BatchNorm too, stays as it is. In the returned network they are
+    multiplied and added into the weights and biases.
     """
     scaled, last = copy.deepcopy(task.net), candidates(task.net)[-1]
     for layer in list(scaled[: last - 1].modules()):
@@ -228,25 +228,22 @@ def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None
         for unit in reversed(candidates(task.net)):  # the highest that fails is at fault
             with _refused(f"unit {label(task.net, unit)}, in training"):
                 _train(small, (unit,), epochs=1)
-    if (numbers, epochs) not in task.results:
-        result = _train(task, numbers, epochs)
-        if not result.trained:
-            raise ValueError(f"unit {label(task.net, *numbers)}: no gradient reaches it (no_grad?)")
-        task.results[numbers, epochs] = result
-    return task.results[numbers, epochs]
+    result = task.results.get((numbers, epochs)) or _train(task, numbers, epochs)
+    if not result.trained:
+        raise ValueError(f"unit {label(task.net, *numbers)}: no gradient reaches it (no_grad?)")
+    return task.results.setdefault((numbers, epochs), result)
 
 
 def _train(task: Task, numbers: tuple[int, ...], epochs: int | None) -> Result:
     start, settings, below = time.perf_counter(), task.settings, numbers[0] - 1
     shared, x, _ = task.outputs(0 if settings.augment else below)
-    net, (_, y) = task.net[:], task.train
-    for number in numbers:
-        net[number - 1] = copy.deepcopy(net[number - 1])
+    frozen = {id(unit): unit for number, unit in enumerate(task.net, 1) if number not in numbers}
+    net, y = copy.deepcopy(task.net, {**frozen}), task.train[1]  # copies share what is frozen
     tuned = nn.ModuleList(net[number - 1] for number in numbers).requires_grad_(True)
     optimizer = torch.optim.Adam(tuned.parameters(), settings.lr, fused=True)
     order = torch.Generator().manual_seed(settings.seed)
     history = [(0, task.source_accuracy)]
-    best, state, diverged = history[0], copy.deepcopy(tuned), False
+    best, state, diverged = history[0], copy.deepcopy(net, {**frozen}), False
     last = settings.max_epochs if epochs is None else max(1, epochs)
     with torch.random.fork_rng(range(torch.cuda.device_count())), torch.enable_grad():
         torch.manual_seed(settings.seed)
@@ -275,13 +272,11 @@ def _train(task: Task, numbers: tuple[int, ...], epochs: int | None) -> Result:
             what = f"unit {label(net, *numbers)}: epoch {epoch}, validation {a:.3f}"
             task.report(f"{what}, at most {left:.0f} s left")
             if epochs or best[0] == 0 or a > best[1]:
-                best, state = history[-1], copy.deepcopy(tuned)
+                best, state = history[-1], copy.deepcopy(net, {**frozen})
             elif history.index(best) + settings.patience < len(history):
                 break
-    for number, unit in zip(numbers, state.eval()):
-        net[number - 1] = unit
     trained, seconds = sum(w.numel() for w in optimizer.state), time.perf_counter() - start
-    return Result(net.eval(), numbers, best[1], epoch, seconds, history, trained, diverged)
+    return Result(state.eval(), numbers, best[1], epoch, seconds, history, trained, diverged)
 
 
 def show(text: str) -> None:
@@ -297,8 +292,8 @@ class Task:
     """N, D_train and D_val: what every algorithm is given, and what its networks have in common.
 
     Functions that are given the same task share N's frozen units (`net`), what these make of both
-    sets (`outputs`), and the networks tuned so far (`results`, by unit numbers and number of
-    epochs). `report` is called with a line of text after each validation.
+    sets (`outputs`), and the networks tuned so far (`results`). `report` gets a line of text after
+    each validation.
     """
 
     net: nn.Sequential  # here a copy: frozen, in evaluation mode, on the device
@@ -348,8 +343,9 @@ class Task:
         wanted = every if units == "all" else [units] if isinstance(units, (int, str)) else units
         numbers = {named.get(unit, unit) for unit in wanted}
         if not numbers <= {*every} or not numbers & {*can}:
-            known = ", ".join(label(self.net, unit) for unit in can)
-            raise ValueError(f"{units}: the units that can be tuned are {known}")
+            raise ValueError(
+                f"{units}: no unit to tune, as are {[label(self.net, n) for n in can]}"
+            )
         return tuple(sorted(numbers))
 
     def outputs(self, most: int) -> tuple[int, torch.Tensor, torch.Tensor]:
@@ -365,10 +361,12 @@ class Task:
         return n, *sets
 
     def right(self, net: nn.Sequential, shared: int = 0) -> torch.Tensor:
-        """Is each image of D_val right? bool [N]. The `shared` lowest units of `net` are N's."""
+        """Is each image of D_val right? bool [N]. The `shared` lowest units of `net` are N's.
+
+        Of equal logits the first counts as larger, as for `argmax`. NaN are never right.
+        """
         n, _, x = self.outputs(shared)
         logits = self.run(net, x, n)  # (N, classes)
-        # Of equal logits the first is larger, as for argmax.
         largest = logits.argsort(dim=1, descending=True, stable=True)[:, : self.settings.top_k]
         return (largest == self.val[1][:, None]).any(1) & ~logits.isnan().any(1)
 
@@ -417,9 +415,6 @@ def _refused(what: str):
 
 
 # ---------------------------------------------------------------- any model as units
-#
-# A unit runs the model's own `forward`, in which only its own modules are there. Those before it
-# give NaN, until its first module is called. The call of the next unit's first module is its end.
 
 
 def split(model: nn.Module, x: torch.Tensor, units: int | Iterable[str] = 1) -> nn.Sequential:
@@ -435,14 +430,14 @@ def split(model: nn.Module, x: torch.Tensor, units: int | Iterable[str] = 1) -> 
     sizes = {name: sum(w.numel() for w in m.parameters()) for name, m in model.named_modules()}
     if unknown := opened - {*sizes}:
         raise ValueError(f"the model has no modules of these names: {', '.join(unknown)}")
-    hint = "write the nn.Sequential, and assert torch.equal(net(x), model(x))"
-    with _refused(f"{type(model).__name__} cannot be split ({hint})"):
+    with _refused("cannot split (write the nn.Sequential, assert torch.equal(net(x), model(x)))"):
         net = _cut(model, x, opened)
     for name in sorted(sizes, key=sizes.get, reverse=True) if isinstance(units, int) else ():
         if len(net) < units and sizes[name] * units > sizes[""]:  # it is larger than its share
             with contextlib.suppress(Exception):
                 more = _cut(model, x, opened | {name})
-                net, opened = (more, opened | {name}) if len(more) > len(net) else (net, opened)
+                if len(more) > len(net):
+                    net, opened = more, opened | {name}
     return net
 
 
@@ -481,14 +476,14 @@ def _cut(model: nn.Module, x: torch.Tensor, opened: set[str]) -> nn.Sequential:
     for start, end in zip(starts, [*starts[1:], len(names)]):
         title = names[matrix.index(True, start)].replace(".", "/")
         net.add_module(title, unit(names[start:end], names[start] if start else ""))
-    with torch.random.fork_rng():
-        for images, training in ((x, False), (x[:1], False), (x, True)):
-            given = []
-            for twin in (copy.deepcopy(model), copy.deepcopy(net)):
+    for images, training in ((x, False), (x[:1], False), (x, True)):
+        given = []
+        for one in (model, net):
+            with torch.random.fork_rng():
                 torch.manual_seed(0)
-                given.append(_tensor(twin.train(training)(images)))
-            if not torch.equal(*given):
-                raise ValueError(f"the units differ for {len(images)} images, {training=}")
+                given.append(_tensor(copy.deepcopy(one).train(training)(images)))
+        if not torch.equal(*given):
+            raise ValueError(f"the units differ for {len(images)} images, {training=}")
     return net
 
 
@@ -503,7 +498,10 @@ class _End(BaseException):
 
 
 class _Unit(nn.Module):
-    """`forward` from the call of `start` to that of a module that is not the unit's own."""
+    """The model's `forward` from the call of a module, `start`, to that of one of the next unit.
+
+    Modules of other units are not there: those before give NaN, until `start` is called.
+    """
 
     def __init__(self, model, parts, outs, own, start):
         super().__init__()
@@ -523,27 +521,27 @@ class _Unit(nn.Module):
 
     def forward(self, x):
         self.rows, self.device, self.begun = len(x), x.device, False
-        random, start = torch.get_rng_state(), self.body.get_submodule(self.start)
-
-        def begin(_, *given):  # from here on all is real: the tensor given, and random numbers
-            torch.set_rng_state(random)
-            self.begun, first = True, _tensor(given)
-            return tree_map(lambda v: x if v is first else v, given)
-
+        begin = partial(self.begin, x, torch.get_rng_state())
+        start = self.body.get_submodule(self.start)
         try:
             with start.register_forward_pre_hook(begin, with_kwargs=True, prepend=True):
                 return _tensor(self.body(self.stub("")))
         except _End as end:
             return end.args[0]
 
+    def begin(self, x, random, _, *given):
+        """From here on all is real: the tensor given, and random numbers."""
+        torch.set_rng_state(random)
+        self.begun, first = True, _tensor(given)
+        return tree_map(lambda v: x if v is first else v, given)
+
     def stub(self, name, *given, **named):
-        """What a module that is not there gives: NaN or 0, with a row for each image."""
         if self.begun:
             raise _End(_tensor((given, named)))
+        return tree_map_only(torch.Tensor, self.nothing, self.outs[name])
 
-        def nothing(v):
-            rows = self.rows if v.shape[:1] == self.outs[""].shape[:1] else len(v)
-            value = math.nan if v.is_floating_point() else 0
-            return torch.full((rows, *v.shape[1:]), value, dtype=v.dtype, device=self.device)
-
-        return tree_map_only(torch.Tensor, nothing, self.outs[name])
+    def nothing(self, v):
+        """NaN or 0 in the shape of v, with a row for each image."""
+        rows = self.rows if v.shape[:1] == self.outs[""].shape[:1] else len(v)
+        value = math.nan if v.is_floating_point() else 0
+        return torch.full((rows, *v.shape[1:]), value, dtype=v.dtype, device=self.device)
