@@ -9,7 +9,8 @@ This file needs PyTorch alone, so it can be copied into any project:
 
 `net` is an `nn.Sequential` whose children are its units, numbered from 1, and gives logits [N,
 classes]. x [N, ...] is uint8 (enters as x / 255), float, or int64 tokens; y is int64 [N]. No
-function changes what it is given. `net.to(memory_format=torch.channels_last)` can be faster.
+function changes what it is given. `net.to(memory_format=torch.channels_last)` can be faster. On
+CUDA, `torch.backends.cudnn.deterministic = True` gives the same result every time.
 """
 
 from __future__ import annotations
@@ -219,10 +220,10 @@ def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None
     `units`: a number from 1 to L, a name, several of these, or "all". Returned is the state that
     validates best, of which the source network is none; with a number of `epochs`, the last one.
     Every parameter of the units is trained, their BatchNorm as the settings say. All else is frozen:
-    parameters and buffers stay as they are to the bit, dropout is off.
+    its parameters and buffers stay as they are to the bit, its dropout is off.
     """
     numbers = task.numbers(units)
-    if not task.results:  # each unit is tried out by a step on two images
+    if not task.results:  # before the first training each unit takes a step on two images
         two = [tensor[:2] for tensor in task.train]
         small = Task(task.net, two, two, task.settings)
         for unit in reversed(candidates(task.net)):  # the highest that fails is at fault
@@ -292,8 +293,8 @@ class Task:
     """N, D_train and D_val: what every algorithm is given, and what its networks have in common.
 
     Functions that are given the same task share N's frozen units (`net`), what these make of both
-    sets (`outputs`), and the networks tuned so far (`results`). `report` gets a line of text after
-    each validation.
+    sets (`outputs`), and the networks tuned so far (`results`), which are not tuned again.
+    `report` gets a line of text after each validation.
     """
 
     net: nn.Sequential  # here a copy: frozen, in evaluation mode, on the device
@@ -313,7 +314,8 @@ class Task:
                 what = f"x {x.dtype} {[*x.shape]}, y {y.dtype} {[*y.shape]}"
                 raise ValueError(f"x must be finite uint8, float or int64, y int64 [N], not {what}")
         device = self.settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.like = next(given.parameters()).to(device)  # the network's device and precision
+        with _refused(f"device {device}"):
+            self.like = next(given.parameters()).to(device)  # the network's device and precision
         self.train, self.val = ([tensor.detach().to(device) for tensor in data] for data in sets)
         self.results: dict[tuple, Result] = {}
         self._outputs, self._kept = (0, self.train[0], self.val[0]), [0]
@@ -331,8 +333,8 @@ class Task:
                         raise ValueError("random in evaluation mode: frozen, it would run once")
                     if (len(one), len(two)) == (1, 2) and one.nbytes <= most:
                         self._kept.append(number)
-        classes = two.shape[1]
-        if not 0 <= labels.min() <= labels.max() < classes or self.settings.top_k > classes:
+        classes, top_k = two.shape[1], self.settings.top_k
+        if not 0 <= labels.min() <= labels.max() < classes or not 1 <= top_k <= classes:
             raise ValueError(f"labels and top_k must fit the network's {classes} classes")
         self.source_accuracy = self.accuracy(self.net)
 
@@ -343,15 +345,14 @@ class Task:
         wanted = every if units == "all" else [units] if isinstance(units, (int, str)) else units
         numbers = {named.get(unit, unit) for unit in wanted}
         if not numbers <= {*every} or not numbers & {*can}:
-            raise ValueError(
-                f"{units}: no unit to tune, as are {[label(self.net, n) for n in can]}"
-            )
+            raise ValueError(f"{units}: the units to tune are {[label(self.net, n) for n in can]}")
         return tuple(sorted(numbers))
 
     def outputs(self, most: int) -> tuple[int, torch.Tensor, torch.Tensor]:
-        """(n, x_train, x_val): what N's lowest n units, which are frozen, make of both sets, once.
+        """(n, x_train, x_val): what N's lowest n units make of both sets; of 0, the images.
 
-        n is the largest number up to `most` whose outputs can be kept; of 0, these are the images.
+        Frozen units give the same in every epoch, so they run once. n is the largest number up to
+        `most` whose outputs can be kept. The units above it run again for every batch.
         """
         n = max(n for n in self._kept if n <= most)
         done, *sets = self._outputs if self._outputs[0] <= n else (0, self.train[0], self.val[0])

@@ -1055,6 +1055,7 @@ def main(argv: list[str] | None = None) -> None:
         # Keep freed memory: to get it anew in every step takes a third of a small network's time.
         ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
+    torch.backends.cudnn.deterministic = True  # on CUDA: the same seed gives the same result
     if TORCHRUN and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # a sum depends on the threads: the same for any number of ranks
     status, problem, args = 2, "", None

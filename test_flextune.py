@@ -384,7 +384,7 @@ X, Y = images(8, seed=0)
         ({"net": nn.Linear(3, 3)}, "must be an nn.Sequential of units"),
         ({"net": Wrapped(nn.Flatten(), nn.Linear(192, 4))}, "must be an nn.Sequential of units"),
         ({"net": tied()}, "two of them share some"),
-        ({"units": 3}, "3: no unit to tune, as are ['1', '2', '4', '5']"),
+        ({"units": 3}, "3: the units to tune are ['1', '2', '4', '5']"),
         ({"train": (X, Y[:7])}, "[8, 3, 8, 8], y torch.int64 [7]"),
         ({"train": (X, Y.int())}, "y torch.int32 [8]"),
         ({"val": (X, Y - 1)}, "labels and top_k must fit the network's 4 classes"),
@@ -392,6 +392,7 @@ X, Y = images(8, seed=0)
         ({"val": (X / torch.zeros(1), Y)}, "x must be finite"),
         ({"val": (X[..., :7], Y)}, "not x torch.uint8 [8, 3, 8, 7]"),
         ({"settings": replace(FAST, top_k=5)}, "must fit the network's 4 classes"),
+        ({"settings": replace(FAST, device="cuda:99")}, "device cuda:99: "),
     ],
 )
 def test_what_would_pass_unnoticed_is_an_error(source, wrong, message):
@@ -546,9 +547,7 @@ def test_units_have_names(train, val):
     assert flextune.fine_tune(task, ["layer4.0", 4]).units == (3, 4)
     assert lines[0].startswith("unit 3 layer4.0, 4 fc: epoch 2, validation 0.")
     assert flextune.label(net, "all") == "all" and flextune.label(net, 3) == "3 layer4.0"
-    with pytest.raises(
-        ValueError, match="layer5: no unit to tune, as are .*, '3 layer4.0', '4 fc'"
-    ):
+    with pytest.raises(ValueError, match="layer5: the units to tune are .*, '3 layer4.0', '4 fc'"):
         flextune.fine_tune(task, "layer5")
 
 
