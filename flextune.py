@@ -86,7 +86,6 @@ class Selection:
 
 
 # ---------------------------------------------------------------- selection (sections 3 and 4)
-#
 # The numbers are the lines of the pseudo-code, whose inputs, N, D_train and D_val, are in a `Task`.
 # `max` returns the first of equals: the smallest unit, and a single unit before "all".
 
@@ -543,6 +542,6 @@ class _Unit(nn.Module):
 
     def nothing(self, v):
         """NaN or 0 in the shape of v, with a row for each image."""
-        rows = self.rows if v.shape[:1] == self.outs[""].shape[:1] else len(v)
+        shape = (self.rows, *v.shape[1:]) if v.shape[:1] == self.outs[""].shape[:1] else v.shape
         value = math.nan if v.is_floating_point() else 0
-        return torch.full((rows, *v.shape[1:]), value, dtype=v.dtype, device=self.device)
+        return torch.full(shape, value, dtype=v.dtype, device=self.device)
