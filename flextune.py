@@ -49,6 +49,12 @@ class Settings:
     augment: Callable | None = None  # a function of every batch of training images, as it enters
     loss: Callable = nn.functional.cross_entropy  # of logits [B, classes] and labels [B]
 
+    def __post_init__(self):
+        for name in ("batch_size", "check_every", "patience", "max_epochs", "top_k"):
+            value = getattr(self, name)
+            if not hasattr(value, "__index__") or value < 1:
+                raise ValueError(f"{name} must be a whole number from 1, not {value!r}")
+
 
 @dataclass
 class Result:
@@ -228,13 +234,15 @@ def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None
         for unit in reversed(candidates(task.net)):  # the highest that fails is at fault
             with _refused(f"unit {label(task.net, unit)}, in training"):
                 _train(small, (unit,), epochs=1)
-    result = task.results.get((numbers, epochs)) or _train(task, numbers, epochs)
-    if not result.trained:
-        raise ValueError(f"unit {label(task.net, *numbers)}: no gradient reaches it (no_grad?)")
+    with _refused(f"unit {label(task.net, *numbers)}"):
+        result = task.results.get((numbers, epochs)) or _train(task, numbers, epochs)
+        if not result.trained:
+            raise ValueError("no gradient reaches it (a no_grad inside?)")
     return task.results.setdefault((numbers, epochs), result)
 
 
 def _train(task: Task, numbers: tuple[int, ...], epochs: int | None) -> Result:
+    """`fine_tune` of these units, with no look at what was tuned before."""
     start, settings, below = time.perf_counter(), task.settings, numbers[0] - 1
     shared, x, _ = task.outputs(0 if settings.augment else below)
     frozen = {id(unit): unit for number, unit in enumerate(task.net, 1) if number not in numbers}
@@ -306,12 +314,16 @@ class Task:
     def __post_init__(self):
         candidates(self.net)
         given, self.net, sets = self.net, nn.Sequential(), (self.train, self.val)
-        for x, y in sets:
-            good = x.dtype in (torch.uint8, torch.int64) or x.is_floating_point()
-            good &= y.dtype == torch.int64 and x.shape == (len(y), *self.train[0].shape[1:])
-            if not good or not x.isfinite().all():
-                what = f"x {x.dtype} {[*x.shape]}, y {y.dtype} {[*y.shape]}"
-                raise ValueError(f"x must be finite uint8, float or int64, y int64 [N], not {what}")
+        with _refused(
+            "train and val must be x, uint8, float or int64 of one size, and y, int64 [N]"
+        ):
+            for x, y in sets:
+                good = x.dtype in (torch.uint8, torch.int64) or x.is_floating_point()
+                good &= y.dtype == torch.int64 and x.shape == (len(y), *self.train[0].shape[1:])
+                if not good:
+                    raise ValueError(f"x is {x.dtype} {[*x.shape]}, y {y.dtype} {[*y.shape]}")
+                if not x.isfinite().all():
+                    raise ValueError("x has NaN or infinite values")
         device = self.settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
         with _refused(f"device {device}"):
             self.like = next(given.parameters()).to(device)  # the network's device and precision
@@ -326,16 +338,19 @@ class Task:
                 # Each by itself: two units may share a dropout layer, which is on in one alone.
                 unit = copy.deepcopy(unit).to(device).eval().requires_grad_(False)
                 self.net.add_module(name, unit)
-                one, (two, *again) = unit(one), [unit(copy.deepcopy(two)) for _ in range(8)]
-                if torch.is_tensor(two):
-                    if any(not two.nan_to_num().equal(other.nan_to_num()) for other in again):
-                        raise ValueError("random in evaluation mode: frozen, it would run once")
+                two, *again = (unit(copy.deepcopy(two)) for _ in range(8))
+                same = (two.nan_to_num().equal(other.nan_to_num()) for other in again)
+                if torch.is_tensor(two) and not all(same):
+                    raise ValueError("random in evaluation mode: frozen, it would run once")
+                with contextlib.suppress(Exception):  # some units take no single image
+                    one = unit(one)
                     if (len(one), len(two)) == (1, 2) and one.nbytes <= most:
                         self._kept.append(number)
-        classes, top_k = two.shape[1], self.settings.top_k
-        if not 0 <= labels.min() <= labels.max() < classes or not 1 <= top_k <= classes:
+        classes = two.shape[1]
+        if not 0 <= labels.min() <= labels.max() < classes or self.settings.top_k > classes:
             raise ValueError(f"labels and top_k must fit the network's {classes} classes")
-        self.source_accuracy = self.accuracy(self.net)
+        with _refused("the validation images"):
+            self.source_accuracy = self.accuracy(self.net)
 
     def numbers(self, units: int | str | Iterable) -> tuple[int, ...]:
         """Units, by number or name or "all", as sorted numbers."""
