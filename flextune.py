@@ -38,9 +38,9 @@ class Settings:
     lr: float = 1e-3  # of Adam; the paper: 1e-3 for the small networks, 1e-4 for Inception2
     batch_size: int = 64  # images per step; the last batch of an epoch may be smaller
     check_every: int = 5  # epochs from one validation to the next; the paper: 5 to 10
-    patience: int = 5  # validations in a row without a better accuracy that end the training
+    patience: int = 5  # the training ends after so many validations without a better accuracy
     max_epochs: int = 300  # the training ends here even if the accuracy still improves
-    batch_statistics: bool = False  # BatchNorm in tuned units: use and update the batch's
+    batch_statistics: bool = False  # BatchNorm in tuned units: use the batch's, move the averages
     top_k: int = 1  # an image counts as right if its class is among the k largest logits
     seed: int = 0  # of the order of the images and of dropout
     device: str | None = None  # None: CUDA where there is one, else the CPU
@@ -67,7 +67,7 @@ class Result:
     seconds: float  # wall time
     history: list[tuple[int, float]]  # (epoch, validation accuracy); epoch 0 is the source network
     trained: int  # number of scalars trained
-    diverged: bool = False  # the loss or a weight stopped being finite; `net` is from before that
+    diverged: bool = False  # a weight stopped being finite; `net` is from before that
 
 
 @dataclass
@@ -75,9 +75,9 @@ class Selection:
     """What a selection algorithm chose, and all that it looked at."""
 
     chosen: int | str  # N_flex: a unit, or "all"
-    best: int | str  # the arg max: lines 7, 7 and 6; line 10 of Algorithm 2 comes after it
+    best: int | str  # the arg max: line 7, 7, 6 of Algorithms 1, 2, 3; line 10 comes after it
     tuned: dict[int | str, Result]  # every network fine-tuned on the way
-    proxies: dict[int, float] = field(default_factory=dict)  # each unit's, on the validation set
+    proxies: dict[int, float] = field(default_factory=dict)  # validation accuracy of each proxy
 
     @property
     def result(self) -> Result:
@@ -184,7 +184,7 @@ def ft_ss(task: Task) -> Result:
     After Sun et al., "Meta-Transfer Learning for Few-Shot Learning", CVPR 2019: a scale from 1 for
     each kernel (output, input) of a convolution or output of a linear layer, a shift from 0 for
     each output. All else, BatchNorm too, stays as it is. In the returned network they are
-    multiplied and added into the weights and biases.
+    multiplied and added into the weights and biases, of which every such layer then has one.
     """
     scaled, last = copy.deepcopy(task.net), candidates(task.net)[-1]
     for layer in list(scaled[: last - 1].modules()):
@@ -222,10 +222,11 @@ class _Scale(nn.Module):
 def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None) -> Result:
     """Fine-tune `units` of N on D_train until the accuracy on D_val stops improving.
 
-    `units`: a number from 1 to L, a name, several of these, or "all". Returned is the state that
-    validates best, of which the source network is none; with a number of `epochs`, the last one.
-    Every parameter of the units is trained, their BatchNorm as the settings say. All else is frozen:
-    its parameters and buffers stay as they are to the bit, its dropout is off.
+    `units`: a number from 1 to L, a name, several of these, or "all". The training ends as
+    `Settings.patience` and `max_epochs` say. Returned is the state that validates best, the source
+    network not among them; with a number of `epochs`, the last one; if a weight stops being finite,
+    the one before. Every parameter of the units is trained, their BatchNorm as the settings say. All
+    else is frozen: its parameters and buffers stay as they are to the bit, its dropout is off.
     """
     numbers = task.numbers(units)
     if not task.results:  # before the first training each unit takes a step on two images
@@ -237,7 +238,7 @@ def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None
     with _refused(f"unit {label(task.net, *numbers)}"):
         result = task.results.get((numbers, epochs)) or _train(task, numbers, epochs)
         if not result.trained:
-            raise ValueError("no gradient reaches it (a no_grad inside?)")
+            raise ValueError("no gradient reaches it: is there a no_grad in it, or above?")
     return task.results.setdefault((numbers, epochs), result)
 
 
@@ -262,18 +263,20 @@ def _train(task: Task, numbers: tuple[int, ...], epochs: int | None) -> Result:
             shuffled = torch.randperm(len(x), generator=order, device="cpu").to(x.device)
             for batch in shuffled.split(settings.batch_size):
                 images = task.enter(x[batch], shared)
+                images = settings.augment(images) if settings.augment else images
                 with torch.autocast(x.device.type, torch.bfloat16, settings.bfloat16):
-                    images = settings.augment(images) if settings.augment else images
                     logits = net[shared:](images)  # (B, classes)
                 loss = settings.loss(logits.float() if settings.bfloat16 else logits, y[batch])
-                if loss.requires_grad:  # unless the units leave this batch out
+                if loss.requires_grad:  # a unit may skip a batch, as with stochastic depth
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
+            if not optimizer.state:
+                break  # no gradient reaches the units
             if epoch % settings.check_every and epoch < last:
                 continue
             if diverged := any(not weight.isfinite().all() for weight in tuned.parameters()):
-                break  # a loss that is not finite makes the weights so
+                break  # after a loss that is NaN the weights are, too
             a = task.accuracy(net.eval(), below)
             history.append((epoch, a))
             left = (time.perf_counter() - start) * (last / epoch - 1)
@@ -281,7 +284,7 @@ def _train(task: Task, numbers: tuple[int, ...], epochs: int | None) -> Result:
             task.report(f"{what}, at most {left:.0f} s left")
             if epochs or best[0] == 0 or a > best[1]:
                 best, state = history[-1], copy.deepcopy(net, {**frozen})
-            elif history.index(best) + settings.patience < len(history):
+            elif len(history) - history.index(best) > settings.patience:
                 break
     trained, seconds = sum(w.numel() for w in optimizer.state), time.perf_counter() - start
     return Result(state.eval(), numbers, best[1], epoch, seconds, history, trained, diverged)
@@ -319,7 +322,11 @@ class Task:
         ):
             for x, y in sets:
                 good = x.dtype in (torch.uint8, torch.int64) or x.is_floating_point()
-                good &= y.dtype == torch.int64 and x.shape == (len(y), *self.train[0].shape[1:])
+                good &= (
+                    len(y) > 0
+                    and y.dtype == torch.int64
+                    and x.shape == (len(y), *self.train[0].shape[1:])
+                )
                 if not good:
                     raise ValueError(f"x is {x.dtype} {[*x.shape]}, y {y.dtype} {[*y.shape]}")
                 if not x.isfinite().all():
@@ -331,7 +338,9 @@ class Task:
         self.results: dict[tuple, Result] = {}
         self._outputs, self._kept = (0, self.train[0], self.val[0]), [0]
         labels, x = torch.cat([self.train[1], self.val[1]]), self.train[0]
-        most = self.settings.cache_bytes / len(labels)  # of what an image becomes
+        most = self.settings.cache_bytes / len(
+            labels
+        )  # bytes that a unit's output for one image may take
         one, two = self.enter(x[:1]), self.enter(x[[0, -1]])
         for number, (name, unit) in enumerate(given._modules.items(), 1):
             with _refused(f"unit {label(given, number)}"):
@@ -346,7 +355,8 @@ class Task:
                     one = unit(one)
                     if (len(one), len(two)) == (1, 2) and one.nbytes <= most:
                         self._kept.append(number)
-        classes = two.shape[1]
+        with _refused("the network must give logits [N, classes]"):
+            classes = two.shape[1]
         if not 0 <= labels.min() <= labels.max() < classes or self.settings.top_k > classes:
             raise ValueError(f"labels and top_k must fit the network's {classes} classes")
         with _refused("the validation images"):
@@ -363,7 +373,7 @@ class Task:
         return tuple(sorted(numbers))
 
     def outputs(self, most: int) -> tuple[int, torch.Tensor, torch.Tensor]:
-        """(n, x_train, x_val): what N's lowest n units make of both sets; of 0, the images.
+        """(n, x_train, x_val): both sets after N's lowest n units; after none, the images.
 
         Frozen units give the same in every epoch, so they run once. n is the largest number up to
         `most` whose outputs can be kept. The units above it run again for every batch.
@@ -391,12 +401,12 @@ class Task:
 
     @torch.no_grad()
     def run(self, net: nn.Sequential, x: torch.Tensor, n: int = 0) -> torch.Tensor:
-        """What `net` makes of all of x, which its lowest n units have seen, 128 or so at a time."""
+        """The output of `net` for all of x, which is past its lowest n units, 128 or so at a time."""
         parts = x.tensor_split(math.ceil(len(x) / 128))  # of one image only if there is one
         return torch.cat([net[n:](self.enter(part, n)) for part in parts])
 
     def enter(self, x: torch.Tensor, n: int = 0) -> torch.Tensor:
-        """A batch of x, which n units have seen, for the next, which may overwrite it.
+        """A copy of a batch, which is past n units, for the next one, which may overwrite it.
 
         Images get the network's precision, uint8 as x / 255. Tokens, and what units hand on, stay.
         """
@@ -435,9 +445,9 @@ def _refused(what: str):
 def split(model: nn.Module, x: torch.Tensor, units: int | Iterable[str] = 1) -> nn.Sequential:
     """`model` as an `nn.Sequential` of units that shares its weights, found by running it on x.
 
-    It is cut where one tensor passes. Modules stay whole but for `nn.Sequential`s, those that
-    `units` names, and, for a number of units, the largest as long as that gives more. What has no
-    weight matrix, like a norm, joins the unit before. Of a dictionary or tuple the logits are taken.
+    It is cut where one tensor passes. Modules stay whole but for `nn.Sequential`s, lists of modules,
+    those that `units` names, and, for at least so many units, the largest. What has no weight matrix,
+    like a norm, joins the unit before. Of a dictionary or tuple the logits are taken.
     Raises ValueError unless the units give what the model gives, to the bit: in evaluation mode on
     x [N, ...] and x[:1], and in training mode on x.
     """
@@ -447,7 +457,7 @@ def split(model: nn.Module, x: torch.Tensor, units: int | Iterable[str] = 1) -> 
         raise ValueError(f"the model has no modules of these names: {', '.join(unknown)}")
     with _refused("cannot split (write the nn.Sequential, assert torch.equal(net(x), model(x)))"):
         net = _cut(model, x, opened)
-    for name in sorted(sizes, key=sizes.get, reverse=True) if isinstance(units, int) else ():
+    for name in sorted(sizes, key=sizes.get, reverse=True)[1:] if isinstance(units, int) else ():
         if len(net) < units and sizes[name] * units > sizes[""]:  # it is larger than its share
             with contextlib.suppress(Exception):
                 more = _cut(model, x, opened | {name})
@@ -515,7 +525,7 @@ class _End(BaseException):
 class _Unit(nn.Module):
     """The model's `forward` from the call of a module, `start`, to that of one of the next unit.
 
-    Modules of other units are not there: those before give NaN, until `start` is called.
+    In the place of other units' modules are stubs: NaN before `start`, the end of the unit after.
     """
 
     def __init__(self, model, parts, outs, own, start):

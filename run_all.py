@@ -382,8 +382,8 @@ class Run:
 
 def as_row(settings: Settings) -> dict:
     """What of the settings makes a result another one."""
-    no_matter = ("device", "cache_bytes", "augment", "loss")
-    return {name: value for name, value in vars(settings).items() if name not in no_matter}
+    left_out = ("device", "cache_bytes", "augment", "loss")  # the last two are no options here
+    return {name: value for name, value in vars(settings).items() if name not in left_out}
 
 
 def md5(*parts) -> str:
