@@ -17,7 +17,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -386,7 +385,6 @@ X, Y = images(8, seed=0)
         ({"net": tied()}, "two of them share some"),
         ({"units": 3}, "3: the units to tune are ['1', '2', '4', '5']"),
         ({"train": (X, Y[:7])}, "[8, 3, 8, 8], y torch.int64 [7]"),
-        ({"train": (X, Y.int())}, "y torch.int32 [8]"),
         ({"val": (X, Y - 1)}, "labels and top_k must fit the network's 4 classes"),
         ({"train": (X.int(), Y)}, "x is torch.int32 [8, 3, 8, 8]"),
         ({"val": (X / torch.zeros(1), Y)}, "x has NaN"),
@@ -531,8 +529,11 @@ def test_augment_sees_every_training_batch_alike_and_no_other(source, train, val
 
 
 def test_after_an_interrupt_the_task_goes_on(source, train, val):
-    task = Task(source, train, val, FAST)
-    task.report = lambda text: task.results and signal.raise_signal(signal.SIGINT)
+    def report(text):
+        if task.results:
+            raise KeyboardInterrupt
+
+    task = Task(source, train, val, FAST, report)
     with pytest.raises(KeyboardInterrupt):
         flextune.flex(task)
     (kept,), task.report = task.results.values(), print
@@ -1433,7 +1434,6 @@ def test_every_method_from_start_to_finish(quick, capsys):
     assert by["flex"]["val"] == max(one["val"] for one in candidates.values())
     assert by["fast-flex"]["proxies"].keys() == {"1", "2", "3", "4"}
     assert by["source"]["val"] == by["flex"]["history"][0][1]
-    # Each network is trained once, and charged to each method.
     assert by["flex"]["epochs"] == sum(one["epochs"] for one in candidates.values())
     assert by["ft-fc-1"].items() >= candidates["4"].items()
     for one in (by["ft-all"], by["fast-flex"]["candidates"]["all"]):
