@@ -230,8 +230,9 @@ def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None
     """
     numbers = task.numbers(units)
     if not task.results:  # before the first training each unit takes a step on two images
-        two = [tensor[:2] for tensor in task.train]
-        small = Task(task.net, two, two, task.settings)
+        small, (x, y) = copy.copy(task), [tensor[:2] for tensor in task.train]
+        small.train, small.val, small._outputs = (x, y), (x, y), (0, x, x)
+        small.report = lambda text: None
         for unit in reversed(candidates(task.net)):  # the highest that fails is at fault
             with _refused(f"unit {label(task.net, unit)}, in training"):
                 _train(small, (unit,), epochs=1)
@@ -446,8 +447,9 @@ def split(model: nn.Module, x: torch.Tensor, units: int | Iterable[str] = 1) -> 
     """`model` as an `nn.Sequential` of units that shares its weights, found by running it on x.
 
     It is cut where one tensor passes. Modules stay whole but for `nn.Sequential`s, lists of modules,
-    those that `units` names, and, for at least so many units, the largest. What has no weight matrix,
-    like a norm, joins the unit before. Of a dictionary or tuple the logits are taken.
+    those that `units` names, and, where it is a number, the largest until there are so many units.
+    What has no weight matrix, like a norm, joins the unit before. Of a dictionary or tuple the
+    logits are taken.
     Raises ValueError unless the units give what the model gives, to the bit: in evaluation mode on
     x [N, ...] and x[:1], and in training mode on x.
     """
@@ -525,7 +527,8 @@ class _End(BaseException):
 class _Unit(nn.Module):
     """The model's `forward` from the call of a module, `start`, to that of one of the next unit.
 
-    In the place of other units' modules are stubs: NaN before `start`, the end of the unit after.
+    In the place of other units' modules are stubs. They give NaN until `start` is called. After
+    that the call of one ends the unit.
     """
 
     def __init__(self, model, parts, outs, own, start):
