@@ -318,16 +318,11 @@ class Task:
     def __post_init__(self):
         candidates(self.net)
         given, self.net, sets = self.net, nn.Sequential(), (self.train, self.val)
-        with _refused(
-            "train and val must be x, uint8, float or int64 of one size, and y, int64 [N]"
-        ):
+        with _refused("train and val: x must be uint8, float or int64 of one size, y int64 [N]"):
             for x, y in sets:
                 good = x.dtype in (torch.uint8, torch.int64) or x.is_floating_point()
-                good &= (
-                    len(y) > 0
-                    and y.dtype == torch.int64
-                    and x.shape == (len(y), *self.train[0].shape[1:])
-                )
+                good &= y.dtype == torch.int64 and len(y) > 0
+                good &= x.shape == (len(y), *self.train[0].shape[1:])
                 if not good:
                     raise ValueError(f"x is {x.dtype} {[*x.shape]}, y {y.dtype} {[*y.shape]}")
                 if not x.isfinite().all():
@@ -339,9 +334,7 @@ class Task:
         self.results: dict[tuple, Result] = {}
         self._outputs, self._kept = (0, self.train[0], self.val[0]), [0]
         labels, x = torch.cat([self.train[1], self.val[1]]), self.train[0]
-        most = self.settings.cache_bytes / len(
-            labels
-        )  # bytes that a unit's output for one image may take
+        most = self.settings.cache_bytes / len(labels)  # bytes of a unit's output for one image
         one, two = self.enter(x[:1]), self.enter(x[[0, -1]])
         for number, (name, unit) in enumerate(given._modules.items(), 1):
             with _refused(f"unit {label(given, number)}"):

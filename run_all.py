@@ -382,8 +382,8 @@ class Run:
 
 def as_row(settings: Settings) -> dict:
     """What of the settings makes a result another one."""
-    left_out = ("device", "cache_bytes", "augment", "loss")  # the last two are no options here
-    return {name: value for name, value in vars(settings).items() if name not in left_out}
+    others = ("device", "cache_bytes", "augment", "loss")  # the last two are no options here
+    return {name: value for name, value in vars(settings).items() if name not in others}
 
 
 def md5(*parts) -> str:
@@ -1032,7 +1032,10 @@ def run_scenarios(pairs: list[tuple[str, str]], args) -> None:
     flextune.show("")
     reached("finished")
     if RANK == 0:
-        show(grouped([read_row(run.path(m, args.out)) for run in runs for m in run.methods]), args)
+        rows = [read_row(run.path(m, args.out)) for run in runs for m in run.methods]
+        if None in rows:
+            raise OSError(f"a result in {args.out} is gone since it was written: run this again")
+        show(grouped(rows), args)
 
 
 def show(groups: Groups, args) -> None:

@@ -388,8 +388,8 @@ X, Y = images(8, seed=0)
         ({"val": (X, Y - 1)}, "labels and top_k must fit the network's 4 classes"),
         ({"train": (X.int(), Y)}, "x is torch.int32 [8, 3, 8, 8]"),
         ({"val": (X / torch.zeros(1), Y)}, "x has NaN"),
-        ({"val": (X.numpy(), Y.numpy())}, "train and val must be x, "),
-        ({"val": (X[..., :7], Y)}, "of one size, and y, int64 [N]: x is torch.uint8 [8, 3, 8, 7]"),
+        ({"val": (X.numpy(), Y.numpy())}, "train and val: x must be "),
+        ({"val": (X[..., :7], Y)}, "of one size, y int64 [N]: x is torch.uint8 [8, 3, 8, 7]"),
         ({"settings": replace(FAST, top_k=5)}, "must fit the network's 4 classes"),
         ({"settings": replace(FAST, device="cuda:99")}, "device cuda:99: "),
     ],
@@ -1718,13 +1718,13 @@ def test_what_has_a_result_is_not_run_again(quick, capsys, monkeypatch):
     again = capsys.readouterr().out
     assert again[again.index("\nmnist -> ") :] == first[first.index("\nmnist -> ") :]
     files = {path: path.stat().st_mtime_ns for path in Path("results").glob("*.json")}
-    assert len(files) == 16
-    gone = min(files)
-    gone.unlink()
+    (gone := min(files)).unlink()
     quick(command)
     assert {p for p in files if p.stat().st_mtime_ns != files[p]} == {gone}
     quick(f"{command} --max-epochs 1")  # other settings, other results
     assert len(results()) == 32
+    monkeypatch.setattr(run_all, "execute", lambda *_: None)  # as if they were deleted meanwhile
+    assert "is gone since" in fails(capsys, lambda: quick(f"{command} --seed 9"))
 
 
 def test_image_to_image_retrieval_and_figures(quick, capsys, monkeypatch):
