@@ -51,9 +51,16 @@ class Settings:
 
     def __post_init__(self):
         for name in ("batch_size", "check_every", "patience", "max_epochs", "top_k"):
-            value = getattr(self, name)
-            if not hasattr(value, "__index__") or value < 1:
-                raise ValueError(f"{name} must be a whole number from 1, not {value!r}")
+            _whole(name, getattr(self, name))
+        for name in ("seed", "cache_bytes"):
+            _whole(name, getattr(self, name), least=0)
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be above 0, not {self.lr}")
+
+
+def _whole(name: str, value, least: int = 1) -> None:
+    if not hasattr(value, "__index__") or value < least:
+        raise ValueError(f"{name} must be a whole number from {least}, not {value!r}")
 
 
 @dataclass
@@ -132,8 +139,8 @@ def faster_flex(task: Task) -> Selection:
 def candidates(net: nn.Sequential) -> list[int]:
     """Numbers of the units that have parameters, in order."""
     plain = isinstance(net, nn.Sequential) and type(net).forward is nn.Sequential.forward
-    more = [name for name, value in vars(net).items() if isinstance(value, dict) and value]
-    if not plain or more != ["_modules"]:  # hooks, say, or parameters
+    parts = vars(net).items() if plain else ()
+    if [name for name, part in parts if isinstance(part, dict) and part] != ["_modules"]:
         raise ValueError("the network must be an nn.Sequential of units that adds nothing to them")
     counts = [len(list(unit.parameters())) for unit in net]
     if not any(counts) or sum(counts) != len(list(net.parameters())):
@@ -143,6 +150,7 @@ def candidates(net: nn.Sequential) -> list[int]:
 
 def surgery(net: nn.Sequential, tuned: nn.Sequential, unit: int) -> nn.Sequential:
     """`net` with `unit` (from 1), its parameters and buffers, of `tuned`. No unit is copied."""
+    _whole("unit", unit)
     proxy = net[:]
     proxy[unit - 1] = tuned[unit - 1]
     return proxy
@@ -154,8 +162,8 @@ def certainty(task: Task, selection: Selection, delta: float = 0.05) -> dict:
     "lead" over the "runner_up", with its standard "error"; "bound": with probability 1 - delta all
     L + 1 accuracies are so near to those expected (Hoeffding, as if no epoch were chosen on D_val).
     """
-    if selection.proxies:
-        raise ValueError("certainty is of flex alone: the others do not tune every candidate")
+    if selection.proxies or not 0 < delta < 1:
+        raise ValueError("certainty: of flex, which tunes every candidate, for delta in (0, 1)")
     others = {unit: one for unit, one in selection.tuned.items() if unit != selection.chosen}
     runner_up = max(others, key=lambda unit: others[unit].accuracy)
     won, lost = (task.right(one.net).double() for one in (selection.result, others[runner_up]))
@@ -175,7 +183,8 @@ def ft_all(task: Task) -> Result:
 
 def ft_fc(task: Task, n: int = 1) -> Result:
     """Fine-tune the last `n` units that have parameters."""
-    return fine_tune(task, candidates(task.net)[-max(1, n) :])
+    _whole("n", n)
+    return fine_tune(task, candidates(task.net)[-n:])
 
 
 def ft_ss(task: Task) -> Result:
@@ -188,6 +197,8 @@ def ft_ss(task: Task) -> Result:
     """
     scaled, last = copy.deepcopy(task.net), candidates(task.net)[-1]
     for layer in list(scaled[: last - 1].modules()):
+        if parametrize.is_parametrized(layer):
+            raise ValueError("ft_ss: a weight is parametrized already, as by weight_norm")
         for name, weight in list(layer.named_parameters(recurse=False)):
             delattr(layer, name)
             layer.register_buffer(name, weight.detach())  # a buffer is not trained
@@ -229,8 +240,11 @@ def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None
     else is frozen: its parameters and buffers stay as they are to the bit, its dropout is off.
     """
     numbers = task.numbers(units)
+    if epochs is not None:
+        _whole("epochs", epochs)
     if not task.results:  # before the first training each unit takes a step on two images
-        small, (x, y) = copy.copy(task), [tensor[:2] for tensor in task.train]
+        few = 1 if len(task.train[1]) % task.settings.batch_size == 1 else 2  # or the last batch
+        small, (x, y) = copy.copy(task), [tensor[:few] for tensor in task.train]
         small.train, small.val, small._outputs = (x, y), (x, y), (0, x, x)
         small.report = lambda text: None
         for unit in reversed(candidates(task.net)):  # the highest that fails is at fault
@@ -254,7 +268,7 @@ def _train(task: Task, numbers: tuple[int, ...], epochs: int | None) -> Result:
     order = torch.Generator().manual_seed(settings.seed)
     history = [(0, task.source_accuracy)]
     best, state, diverged = history[0], copy.deepcopy(net, {**frozen}), False
-    last = settings.max_epochs if epochs is None else max(1, epochs)
+    last = epochs or settings.max_epochs
     with torch.random.fork_rng(range(torch.cuda.device_count())), torch.enable_grad():
         torch.manual_seed(settings.seed)
         for epoch in range(1, last + 1):
@@ -321,7 +335,7 @@ class Task:
         with _refused("train and val: x must be uint8, float or int64 of one size, y int64 [N]"):
             for x, y in sets:
                 good = x.dtype in (torch.uint8, torch.int64) or x.is_floating_point()
-                good &= y.dtype == torch.int64 and len(y) > 0
+                good &= y.dtype == torch.int64 and y.dim() == 1 and len(y) > 0
                 good &= x.shape == (len(y), *self.train[0].shape[1:])
                 if not good:
                     raise ValueError(f"x is {x.dtype} {[*x.shape]}, y {y.dtype} {[*y.shape]}")
@@ -359,10 +373,11 @@ class Task:
     def numbers(self, units: int | str | Iterable) -> tuple[int, ...]:
         """Units, by number or name or "all", as sorted numbers."""
         every, can = range(1, len(self.net) + 1), candidates(self.net)
-        named = {label(self.net, unit).partition(" ")[2]: unit for unit in every}
-        wanted = every if units == "all" else [units] if isinstance(units, (int, str)) else units
-        numbers = {named.get(unit, unit) for unit in wanted}
-        if not numbers <= {*every} or not numbers & {*can}:
+        known = {label(self.net, n).partition(" ")[2]: n for n in every} | {n: n for n in every}
+        wanted = every if units == "all" else units
+        several = isinstance(wanted, Iterable) and not isinstance(wanted, str)
+        numbers = {known.get(unit) for unit in (wanted if several else [wanted])}
+        if None in numbers or not numbers & {*can}:
             raise ValueError(f"{units}: the units to tune are {[label(self.net, n) for n in can]}")
         return tuple(sorted(numbers))
 
@@ -436,7 +451,7 @@ def _refused(what: str):
 # ---------------------------------------------------------------- any model as units
 
 
-def split(model: nn.Module, x: torch.Tensor, units: int | Iterable[str] = 1) -> nn.Sequential:
+def split(model: nn.Module, x: torch.Tensor, units: int | str | Iterable[str] = 1) -> nn.Sequential:
     """`model` as an `nn.Sequential` of units that shares its weights, found by running it on x.
 
     It is cut where one tensor passes. Modules stay whole but for `nn.Sequential`s, lists of modules,
@@ -446,7 +461,7 @@ def split(model: nn.Module, x: torch.Tensor, units: int | Iterable[str] = 1) -> 
     Raises ValueError unless the units give what the model gives, to the bit: in evaluation mode on
     x [N, ...] and x[:1], and in training mode on x.
     """
-    opened = set() if isinstance(units, int) else set(units)
+    opened = {units} if isinstance(units, str) else set() if isinstance(units, int) else {*units}
     sizes = {name: sum(w.numel() for w in m.parameters()) for name, m in model.named_modules()}
     if unknown := opened - {*sizes}:
         raise ValueError(f"the model has no modules of these names: {', '.join(unknown)}")

@@ -422,8 +422,11 @@ def read_network(path: Path) -> dict | None:
             return kept["net"] if kept["md5"] == md5(*kept["net"], *kept["net"].values()) else None
 
 
-def execute(run: Run, net: nn.Sequential, domain, gallery, args, progress: Callable) -> None:
-    """The methods of a scenario-run, each with its result written to args.out."""
+def execute(run: Run, net: nn.Sequential, domain, images, args, progress: Callable) -> None:
+    """The methods of a scenario-run, each with its result written to args.out.
+
+    `images` gives a source's validation images.
+    """
     task, test = run.task(net, domain), domain["test"]
     task.report = lambda text: progress(len(task.results) / (len(net) + 6), text)
     methods = METHODS | {"flex-i2i": partial(flex_i2i, target=run.pair[1])}
@@ -454,7 +457,9 @@ def execute(run: Run, net: nn.Sequential, domain, gallery, args, progress: Calla
             if method == "flex-i2i":
                 row["pairs"] = image_pairs(choice.tuned[0].net[0], test[0][:4])
         if method in run.searched:
-            row["retrieval"] = retrieval(task, result.net, gallery(run.pair, run.root), test)
+            x, y = images(run.pair[0], run.root)
+            gallery = x, gallery_labels(run.pair, run.root, y)
+            row["retrieval"] = retrieval(task, result.net, gallery, test)
         write(run.path(method, args.out), json.dumps(row | {"md5": md5(json.dumps(row))}).encode())
         if args.save and method == ("flex" if "flex" in run.methods else run.methods[-1]):
             write(args.save, saved(result.net.state_dict()))
@@ -486,7 +491,8 @@ def source_network(run: Run, args) -> nn.Sequential:
     domain, net = shifts.load(name, None, run.root), seeded(family.build, run.network)
     settings = replace(family.pretraining, seed=run.network, device=args.device)
     data, weights = (*domain["source"], *domain["val"]), net.state_dict().values()
-    path = args.out / f"{name}-{md5(*weights, as_row(settings), family.epochs, *data)}.pt"
+    parts = *weights, as_row(settings), family.epochs, *data, *family.code
+    path = args.out / f"{name}-{md5(*parts)}.pt"
     net = net.to(memory_format=torch.channels_last)  # 1.1 to 1.7 times as fast
     if (state := read_network(path)) is None:
         progress = Progress(1)
@@ -507,14 +513,13 @@ def saved(content: dict) -> bytes:
     return file.getvalue()
 
 
-def source_gallery(pair: tuple[str, str], root: Path | None) -> shifts.Data:
-    """The source's validation images, of ILSVRC's for PACS with the classes of its head, or -1."""
-    x, y = shifts.load(pair[0], None, root)["val"]
-    if root and pair[1] in shifts.PACS:
-        rows = torch.full((1000,), -1)
-        rows[list(models.PACS_ROWS.values())] = torch.arange(len(models.PACS_ROWS))
-        y = rows[y]
-    return x, y
+def gallery_labels(pair: tuple[str, str], root: Path | None, y: torch.Tensor) -> torch.Tensor:
+    """The labels of the source's images: of ILSVRC's for PACS the classes of its head, or -1."""
+    if not root or pair[1] not in shifts.PACS:
+        return y
+    rows = torch.full((1000,), -1)
+    rows[list(models.PACS_ROWS.values())] = torch.arange(len(models.PACS_ROWS))
+    return rows[y]
 
 
 def literal(task: Task, units: list[int], epochs: int | None = None):
@@ -574,8 +579,8 @@ def grouped(rows: list[dict]) -> Groups:
     """The result rows, by scenario and by method: all that tables and figures are made of."""
     groups = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        scenario = (row[name] for name in ("source", "target", "ratio", "data", "network"))
-        groups[*scenario][row["method"]].append(row)
+        scenario = tuple(row[n] for n in ("source", "target", "ratio", "data", "network"))
+        groups[scenario][row["method"]].append(row)
     return groups
 
 
@@ -868,10 +873,12 @@ def network(text: str) -> tuple[str, Callable[[], nn.Sequential], bytes]:
     """The name and the function of FILE.py:FUNCTION, and what is in the file."""
     file, _, function = text.rpartition(":")
     try:
-        code = Path(file).read_bytes()
-        return f"{Path(file).stem}.{function}", runpy.run_path(file)[function], code
+        code, build = Path(file).read_bytes(), runpy.run_path(file)[function]
+        flextune.candidates(build())
     except Exception as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error!r}, not FILE.py:FUNCTION") from error
+        what = "must be FILE.py:FUNCTION, whose function gives an nn.Sequential of units"
+        raise argparse.ArgumentTypeError(f"{what} ({error!r})") from error
+    return f"{Path(file).stem}.{function}", build, code
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -924,6 +931,8 @@ def scenarios(args) -> list[tuple[str, str]]:
     runs = [run for pair in pairs for run in runs_of(pair, Path(), args)]
     if args.save and (len(runs) > 1 or args.save.exists() and not args.save.is_file()):
         raise ValueError("--save: name a file, and one --target, one --ratio and --runs 1")
+    if args.benchmark and (args.save or args.figures or args.table):
+        raise ValueError("--benchmark keeps nothing: leave out --save, --figures and --table")
     if args.figures and not find_spec("matplotlib"):
         raise ValueError("--figures needs matplotlib: pip install matplotlib")
     return pairs
@@ -975,9 +984,10 @@ def runs_of(pair: tuple[str, str], root: Path | None, args) -> list[Run]:
     # Images to search are the source's: PACS can be run without those of ILSVRC.
     there = not root or pair[0] != "ilsvrc" or shifts.ORIGINS["ilsvrc"].there(root)
     searched = RETRIEVAL if there and 4 in args.table else ()
+    networks = 1 if root and family.weights else args.source_networks  # weights are read, of one
     for ratio in sorted(set(args.ratio or family.ratios)):
         batch_size, most, _ = family.protocol(ratio)
-        for number in range(args.runs or (20 if ratio == family.ratios[0] else 1)):
+        for number in range(args.runs or (20 if ratio <= family.ratios[0] else 1)):
             settings = replace(
                 family.tuning,
                 batch_size=batch_size,
@@ -987,8 +997,8 @@ def runs_of(pair: tuple[str, str], root: Path | None, args) -> list[Run]:
                 cache_bytes=args.cache_gib << 30,
                 bfloat16=args.bfloat16,
             )
-            network = number % args.source_networks
-            runs.append(Run(pair, ratio, root, network, settings, methods, family, searched))
+            source = number % networks
+            runs.append(Run(pair, ratio, root, source, settings, methods, family, searched))
     return runs
 
 
@@ -1015,7 +1025,8 @@ def run_scenarios(pairs: list[tuple[str, str]], args) -> None:
     if done := left.count(()):
         print(f"{done} of {len(runs)} runs have results in {args.out} (for others: --out, --seed)")
     sources = {run.source(): run for run, methods in zip(runs, left) if methods}
-    network, gallery = cache(lambda key: source_network(sources[key], args)), cache(source_gallery)
+    network = cache(lambda key: source_network(sources[key], args))
+    images = cache(lambda source, root: shifts.load(source, None, root)["val"])
     for number in shared("sources", len(sources)):
         network([*sources][number])
     reached("pretrained")
@@ -1028,7 +1039,7 @@ def run_scenarios(pairs: list[tuple[str, str]], args) -> None:
             if loaded != (run.pair, run.root):
                 domain, loaded = None, (run.pair, run.root)  # one in memory at a time
                 domain = shifts.load(*run.pair, run.root, partial(progress, 0))
-            execute(run, network(run.source()), domain, gallery, args, progress)
+            execute(run, network(run.source()), domain, images, args, progress)
     flextune.show("")
     reached("finished")
     if RANK == 0:

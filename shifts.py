@@ -294,6 +294,7 @@ SHIFTS = {  # by source and target; sizes and strengths are those of the authors
 
 TIMEOUT = 5  # seconds without an answer that end a download
 LEAST_RATE = 1000  # bytes a second, on average: less ends it, too
+MEND = "replace it, or delete the data set, which is then downloaded anew"
 MOST = 1 << 28  # bytes of a file, or of one in an archive; the largest, SVHN's, have 182 million
 
 
@@ -335,11 +336,10 @@ class Archive:
     def download(self, root: Path, report: Report) -> None:
         """Raises MissingError."""
         path = root / f"{token_hex(4)}-{PurePosixPath(self.url).name}"
-        fetch(self.url, path, self.md5, report)
+        fetch(self.url, path, self.md5, report, None, root / self.folder)
         try:
             for other in ORIGINS.values():
-                same = isinstance(other, Archive) and other.url == self.url
-                if same and not other.there(root):
+                if other.url == self.url and not other.there(root):
                     _unpack(path, other, root / other.folder)
         finally:
             path.unlink()
@@ -409,10 +409,10 @@ def _unzipped(path: Path) -> Path:
     return plain if plain.exists() else path
 
 
-def fetch(url: str, path: Path, md5=None, report: Report = lambda text: None, first=None) -> Path:
+def fetch(url: str, path: Path, md5, report: Report, first=None, missing=None) -> Path:
     """Download `url`, or its `first` bytes, to `path`, which is there only when whole.
 
-    Raises MissingError.
+    Raises MissingError, which names `path`, or what else is `missing`.
     """
     part, start = path.with_name(f"{path.name}.{token_hex(4)}.part"), time.monotonic()
     digest = hashlib.md5(usedforsecurity=False)
@@ -437,7 +437,7 @@ def fetch(url: str, path: Path, md5=None, report: Report = lambda text: None, fi
         return part.replace(path)
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = f"downloading {url} failed ({_line(error)})"
-        raise MissingError(f"{path} is missing, and {reason}: put it there") from error
+        raise MissingError(f"{missing or path} is missing, and {reason}: put it there") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -507,7 +507,7 @@ def strict(read):
             with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
                 return read(_Bounded(file).read())
         except Exception as error:
-            raise DataError(f"{path} cannot be read ({_line(error)}): delete it") from error
+            raise DataError(f"{path} cannot be read ({_line(error)}): {MEND}") from error
 
     return reader
 
@@ -642,7 +642,7 @@ def _house_numbers(path: Path) -> Data:
     x, y = (arrays.get(name, np.empty(0)) for name in "Xy")  # x [32, 32, 3, N], y [N, 1]
     shapes = x.shape == (32, 32, 3, len(y)) and y.shape == (len(y), 1)
     if x.dtype != np.uint8 or not shapes or len(y) < 60 or not np.isin(y, range(1, 11)).all():
-        raise DataError(f"{path} does not hold images and labels of SVHN: delete it")
+        raise DataError(f"{path} does not hold images and labels of SVHN: {MEND}")
     x = torch.from_numpy(np.ascontiguousarray(x.transpose(3, 2, 0, 1)))
     return x, torch.from_numpy(y[:, 0].astype(np.int64)) % 10  # a zero has label 10
 
@@ -752,7 +752,7 @@ def _photos(root: Path) -> list[torch.Tensor]:
     """The training photos of BSDS500: uint8 [3, h, w] each."""
     photos = [read_image(path) for path in sorted((root / "bsds500").glob("*.jpg"))]
     if not photos or min(min(photo.shape[1:]) for photo in photos) < 28:
-        raise DataError(f"{root / 'bsds500'} has no .jpg, or one smaller than 28 x 28: delete it")
+        raise DataError(f"{root / 'bsds500'} has no .jpg, or one smaller than 28 x 28: {MEND}")
     return photos
 
 
@@ -804,9 +804,9 @@ def draw_digits(count: int, draw: torch.Generator) -> Data:
 
 
 @cache
-def draw_photos(count: int = 40, side: int = 160) -> list[torch.Tensor]:
-    """Photo-like textures uint8 [3, side, side]: coloured noise of many sizes."""
-    noise = _texture(count, _generator("photos"), side, *((n, n) for n in (2, 4, 8, 16, 32)))
+def draw_photos(count: int = 40) -> list[torch.Tensor]:
+    """Photo-like textures uint8 [3, 160, 160]: coloured noise of many sizes."""
+    noise = _texture(count, _generator("photos"), 160, *((n, n) for n in (2, 4, 8, 16, 32)))
     return list(((3 * noise).sigmoid() * 255).round().byte())
 
 
