@@ -137,7 +137,7 @@ def faster_flex(task: Task) -> Selection:
 
 
 def candidates(net: nn.Sequential) -> list[int]:
-    """Numbers of the units that have parameters, in order."""
+    """Numbers of the units that have parameters, in order. Others are on with "all" alone."""
     plain = isinstance(net, nn.Sequential) and type(net).forward is nn.Sequential.forward
     parts = vars(net).items() if plain else ()
     if [name for name, part in parts if isinstance(part, dict) and part] != ["_modules"]:
