@@ -236,8 +236,8 @@ def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None
     `units`: a number from 1 to L, a name, several of these, or "all". The training ends as
     `Settings.patience` and `max_epochs` say. Returned is the state that validates best, the source
     network not among them; with a number of `epochs`, the last one; if a weight stops being finite,
-    the one before. Every parameter of the units is trained, their BatchNorm as the settings say. All
-    else is frozen: its parameters and buffers stay as they are to the bit, its dropout is off.
+    the one before. Every parameter of the units is trained, BatchNorm as the settings say. All else
+    is frozen: its parameters and buffers stay as they are to the bit, its dropout is off.
     """
     numbers = task.numbers(units)
     if epochs is not None:
@@ -410,7 +410,7 @@ class Task:
 
     @torch.no_grad()
     def run(self, net: nn.Sequential, x: torch.Tensor, n: int = 0) -> torch.Tensor:
-        """The output of `net` for all of x, which is past its lowest n units, 128 or so at a time."""
+        """The output of `net` for all of x, which is past its lowest n units, about 128 at once."""
         parts = x.tensor_split(math.ceil(len(x) / 128))  # of one image only if there is one
         return torch.cat([net[n:](self.enter(part, n)) for part in parts])
 
@@ -454,7 +454,7 @@ def _refused(what: str):
 def split(model: nn.Module, x: torch.Tensor, units: int | str | Iterable[str] = 1) -> nn.Sequential:
     """`model` as an `nn.Sequential` of units that shares its weights, found by running it on x.
 
-    It is cut where one tensor passes. Modules stay whole but for `nn.Sequential`s, lists of modules,
+    It is cut where one tensor passes. Modules stay whole but for `nn.Sequential`s, module lists,
     those that `units` names, and, where it is a number, the largest until there are so many units.
     What has no weight matrix, like a norm, joins the unit before. Of a dictionary or tuple the
     logits are taken.

@@ -47,7 +47,7 @@ def cifar_net(channels: int = 3, width: float = 1.0) -> nn.Sequential:
 
 
 def _conv_relu(inputs: int, outputs: int, kernel: int, pool: bool) -> nn.Sequential:
-    """SAME padding. The authors' ReLU comes before the pooling: the same for four times the work."""
+    """SAME padding. The authors' ReLU is before the pooling: the same for four times the work."""
     conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
     return nn.Sequential(conv, *([nn.MaxPool2d(2)] if pool else []), nn.ReLU())
 
@@ -198,7 +198,7 @@ def _convs(inputs: int, widths: list[int], stride: int) -> nn.Sequential:
 
 
 def pacs_head(net: nn.Sequential) -> nn.Sequential:
-    """A copy with the six classes of PACS alone, each a row of its last layer, which is ILSVRC's."""
+    """A copy with the six classes of PACS alone, each a row of its last layer, ILSVRC's."""
     net, rows = copy.deepcopy(net), list(PACS_ROWS.values())
     *_, last = [None] + [layer for layer in net.modules() if isinstance(layer, nn.Linear)]
     if last is None or last.out_features != 1000:
@@ -210,10 +210,10 @@ def pacs_head(net: nn.Sequential) -> nn.Sequential:
 
 # ---------------------------------------------------------------- image-to-image (section 5.4)
 #
-# Units to stand before a network: images [N, channels, H, W] to images. Each starts as the identity,
-# so that the network is at first what it was. The paper gives their kinds; all else is ours. (In its
-# authors' code the U-Net is deeper, with instance norm, the map has one angle, two scales and two
-# moves, and the colours end in a sigmoid.)
+# Units to stand before a network: images [N, channels, H, W] to images. Each starts as the
+# identity, so that the network is at first what it was. The paper gives their kinds; all else is
+# ours. (In its authors' code the U-Net is deeper, with instance norm, the map has one angle, two
+# scales and two moves, and the colours end in a sigmoid.)
 
 
 class Pixelwise(nn.Module):

@@ -107,7 +107,7 @@ def _to_input(x: torch.Tensor, channels: int, side: int) -> torch.Tensor:
 
 
 def subsample(data: Data, ratio: int, largest: int, seed: int) -> Data:
-    """The share ratio / largest of each class, rounded up, drawn by `seed` (ratios as in Table 2)."""
+    """The share ratio / largest of each class, rounded up, drawn by `seed` (ratios: Table 2)."""
     x, y = data
     if ratio == largest:  # no second copy of a large pool
         return data
@@ -143,7 +143,7 @@ def blur(x: torch.Tensor, draw: torch.Generator, taps: int, sigma: float) -> tor
 
 
 def occlude(x: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-    """A black square over a quarter of each image: half as high, half as wide; its place is drawn."""
+    """A black square over a quarter of each image, half as high and wide; its place is drawn."""
     side = x.shape[2]
     start = (torch.rand(2, len(x), 1, generator=draw) * side / 2).long()
     columns, rows = (start <= torch.arange(side)) & (torch.arange(side) < start + side // 2)

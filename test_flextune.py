@@ -2243,7 +2243,7 @@ def test_split_gives_what_the_model_gives(build, units, names):
 
 
 def test_split_and_back_again():
-    """A model of tokens, whose weight of its own is the first unit's: tuned, loaded, as accurate."""
+    """A model of tokens, with a weight of its own, the first unit's: tuned, loaded, as accurate."""
     torch.manual_seed(0)
     model, y = Tokens(), torch.tensor([0, 1, 2, 0])
     net = flextune.split(model, WORDS)
