@@ -137,7 +137,7 @@ def faster_flex(task: Task) -> Selection:
 
 
 def candidates(net: nn.Sequential) -> list[int]:
-    """Numbers of the units that have parameters, in order. Others are on with "all" alone."""
+    """Numbers of the units that have parameters, in order. Others, say dropout, are in "all"."""
     plain = isinstance(net, nn.Sequential) and type(net).forward is nn.Sequential.forward
     parts = vars(net).items() if plain else ()
     if [name for name, part in parts if isinstance(part, dict) and part] != ["_modules"]:
@@ -243,7 +243,9 @@ def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None
     if epochs is not None:
         _whole("epochs", epochs)
     if not task.results:  # before the first training each unit takes a step on two images
-        few = 1 if len(task.train[1]) % task.settings.batch_size == 1 else 2  # or the last batch
+        few = (
+            1 if len(task.train[1]) % task.settings.batch_size == 1 else 2
+        )  # as the last batch has
         small, (x, y) = copy.copy(task), [tensor[:few] for tensor in task.train]
         small.train, small.val, small._outputs = (x, y), (x, y), (0, x, x)
         small.report = lambda text: None

@@ -892,12 +892,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     add("--source", f"default: that of the targets; {' '.join(sources)}", choices=sources)
     add("--target", "target domains (--list); default: all", nargs="+", choices=targets)
-    add(
-        "--ratio",
-        "images per class, about (share of the pool); default: all",
-        nargs="+",
-        type=whole,
-    )
+    add("--ratio", "images per class, about (a share); default: all", nargs="+", type=whole)
     add("--methods", f"default: all, {' '.join(METHODS)}", nargs="+", choices=METHODS)
     add("--runs", "draws of the images; default: 20 at the smallest ratio, else 1", type=whole)
     add("--seed", "of the first run, the next ones count up from it", type=zero, default=0)
@@ -990,7 +985,7 @@ def runs_of(pair: tuple[str, str], root: Path | None, args) -> list[Run]:
     # Images to search are the source's: PACS can be run without those of ILSVRC.
     there = not root or pair[0] != "ilsvrc" or shifts.ORIGINS["ilsvrc"].there(root)
     searched = RETRIEVAL if there and 4 in args.table else ()
-    networks = 1 if root and family.weights else args.source_networks  # weights are read, of one
+    networks = 1 if root and family.weights else args.source_networks  # what is read is one
     for ratio in sorted(set(args.ratio or family.ratios)):
         batch_size, most, _ = family.protocol(ratio)
         for number in range(args.runs or (20 if ratio <= family.ratios[0] else 1)):
