@@ -242,10 +242,8 @@ def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None
     numbers = task.numbers(units)
     if epochs is not None:
         _whole("epochs", epochs)
-    if not task.results:  # before the first training each unit takes a step on two images
-        few = (
-            1 if len(task.train[1]) % task.settings.batch_size == 1 else 2
-        )  # as the last batch has
+    if not task.results:  # first each unit takes a step on two images, or on one if a batch has one
+        few = 1 if len(task.train[1]) % task.settings.batch_size == 1 else 2
         small, (x, y) = copy.copy(task), [tensor[:few] for tensor in task.train]
         small.train, small.val, small._outputs = (x, y), (x, y), (0, x, x)
         small.report = lambda text: None
