@@ -137,7 +137,7 @@ def faster_flex(task: Task) -> Selection:
 
 
 def candidates(net: nn.Sequential) -> list[int]:
-    """Numbers of the units that have parameters, in order. Others, say dropout, are in "all"."""
+    """Numbers of the units with parameters, in order. Others (a dropout) are on in "all" alone."""
     plain = isinstance(net, nn.Sequential) and type(net).forward is nn.Sequential.forward
     parts = vars(net).items() if plain else ()
     if [name for name, part in parts if isinstance(part, dict) and part] != ["_modules"]:
@@ -163,7 +163,7 @@ def certainty(task: Task, selection: Selection, delta: float = 0.05) -> dict:
     L + 1 accuracies are so near to those expected (Hoeffding, as if no epoch were chosen on D_val).
     """
     if selection.proxies or not 0 < delta < 1:
-        raise ValueError("certainty: of flex, which tunes every candidate, for delta in (0, 1)")
+        raise ValueError("certainty is of flex alone, which tunes every candidate; 0 < delta < 1")
     others = {unit: one for unit, one in selection.tuned.items() if unit != selection.chosen}
     runner_up = max(others, key=lambda unit: others[unit].accuracy)
     won, lost = (task.right(one.net).double() for one in (selection.result, others[runner_up]))

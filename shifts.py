@@ -336,7 +336,7 @@ class Archive:
     def download(self, root: Path, report: Report) -> None:
         """Raises MissingError."""
         path = root / f"{token_hex(4)}-{PurePosixPath(self.url).name}"
-        fetch(self.url, path, self.md5, report, None, root / self.folder)
+        fetch(self.url, path, self.md5, report, missing=root / self.folder)
         try:
             for other in ORIGINS.values():
                 if other.url == self.url and not other.there(root):

@@ -636,7 +636,7 @@ def test_certainty_known_values():
     assert sure["bound"] == pytest.approx((np.log(2 * 3 / 0.05) / 16) ** 0.5)
     assert flextune.Selection(2, 2, tuned).tied == [2]
     assert flextune.Selection(1, 1, {1: tuned[2], "all": tuned[2]}).tied == [1, "all"]
-    with pytest.raises(ValueError, match="certainty: of flex"):
+    with pytest.raises(ValueError, match="of flex alone"):
         flextune.certainty(task, flextune.Selection(2, 2, tuned, {1: 0.5, 2: 0.6}))
 
 
@@ -1396,7 +1396,7 @@ def make_quick(monkeypatch):
     monkeypatch.setattr(shifts, "fetch", no_network)
 
 
-def no_network(url, path, *_):
+def no_network(url, path, *_, **__):
     raise shifts.MissingError(f"{path} is missing, and downloading {url} failed (no network)")
 
 
@@ -1854,7 +1854,7 @@ def test_list_shows_every_scenario_and_its_data(quick, capsys, mnist):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + 20
     assert re.search("mnist +4-layer +blurry +3 30 300 3000 +top-1 +mnist there", lines[1])
-    assert "mnist there, bsds500 missing" in lines[3]
+    assert lines[3].endswith("mnist there, bsds500 missing")
     quick("--list --data builtin")
     assert capsys.readouterr().out.count("built-in images") == 20
 
@@ -1881,8 +1881,11 @@ def test_benchmark(quick, capsys):
         (f"{ONE} --out /dev/null/x", "/dev/null"),
         (f"{ONE} --runs 2 --save net.pt", "--save: name a file, and one --target"),
         (f"{ONE} --benchmark --save net.pt", "leave out --save, --figures and --table"),
-        (f"{ONE} --network none.py:build", "must be FILE.py:FUNCTION"),
-        (f"{ONE} --network net.py:nn", "gives an nn.Sequential of units (TypeError"),
+        (f"{ONE} --network none.py:build", "of units (FileNotFoundError"),
+        (
+            f"{ONE} --network net.py:nn",
+            "FUNCTION, whose function gives an nn.Sequential of units (T",
+        ),
         (f"{ONE} --network net.py:few", "must fit the network's 3 classes"),
         ("--target sketch --data builtin --network net.py:build", "it needs real data (--data)"),
     ],
