@@ -1882,10 +1882,7 @@ def test_benchmark(quick, capsys):
         (f"{ONE} --runs 2 --save net.pt", "--save: name a file, and one --target"),
         (f"{ONE} --benchmark --save net.pt", "leave out --save, --figures and --table"),
         (f"{ONE} --network none.py:build", "of units (FileNotFoundError"),
-        (
-            f"{ONE} --network net.py:nn",
-            "FUNCTION, whose function gives an nn.Sequential of units (T",
-        ),
+        (f"{ONE} --network net.py:nn", "gives an nn.Sequential of units (TypeError"),
         (f"{ONE} --network net.py:few", "must fit the network's 3 classes"),
         ("--target sketch --data builtin --network net.py:build", "it needs real data (--data)"),
     ],
