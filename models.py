@@ -296,7 +296,7 @@ def load_inception2(path: Path, md5: str = TENSORNETS) -> nn.Sequential:
             while part := file.read(1 << 20):
                 digest.update(part)
     if digest.hexdigest() != md5:
-        raise WeightsError(f"{path} is not TensorNets' file, which has MD5 {md5}: delete it")
+        raise WeightsError(f"{path} must be TensorNets' file, of MD5 {md5}: delete any other")
     with np.load(path, allow_pickle=True, encoding="latin1") as file:
         names, values = file["names"].astype(str), file["values"]  # as bytes, too
     names = [name.split(":")[0] for name in names]  # or with :0

@@ -1338,7 +1338,7 @@ def test_no_other_file_of_weights_is_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("opens it"))
     save_weights(tmp_path / "few.npz", {"logits/biases": np.zeros(1000, np.float32)})
     for name in ("few", "none"):
-        with pytest.raises(models.WeightsError, match="not TensorNets' file"):
+        with pytest.raises(models.WeightsError, match="must be TensorNets' file"):
             models.load_inception2(tmp_path / f"{name}.npz")
 
 
