@@ -985,7 +985,7 @@ def runs_of(pair: tuple[str, str], root: Path | None, args) -> list[Run]:
     # Images to search are the source's: PACS can be run without those of ILSVRC.
     there = not root or pair[0] != "ilsvrc" or shifts.ORIGINS["ilsvrc"].there(root)
     searched = RETRIEVAL if there and 4 in args.table else ()
-    networks = 1 if root and family.weights else args.source_networks  # one is read
+    networks = 1 if root and family.weights else args.source_networks  # only one can be read
     for ratio in sorted(set(args.ratio or family.ratios)):
         batch_size, most, _ = family.protocol(ratio)
         for number in range(args.runs or (20 if ratio <= family.ratios[0] else 1)):
