@@ -683,9 +683,6 @@ def print_table_1(groups: Groups) -> None:
     for part in by_network(groups, "Table 1"):
         rows = {m: [row for mine in part.values() for row in mine.get(m, ())] for m in FORMULAS}
         pairs = [pair for row in rows["flex"] for pair in row["candidates"].items()]
-        if not pairs:
-            print("needs the results of flex")
-            continue
         ones = [one for unit, one in pairs if unit != "all"]
         alls = [one for unit, one in pairs if unit == "all"]
         e_one, e_all = average(ones, "epochs"), average(alls, "epochs")
@@ -776,8 +773,7 @@ def figures_1(groups: Groups):
     """For each target: accuracies of each candidate, a line per ratio, flex's pick marked."""
     targets = defaultdict(dict)
     for (source, target, ratio, data, network), methods in groups.items():
-        if "flex" in methods:
-            targets[source, target, data, network][ratio] = methods["flex"]
+        targets[source, target, data, network][ratio] = methods["flex"]
     for (source, target, data, network), ratios in targets.items():
         figure, ((axes,),) = canvas(7, 4)
         for number, (ratio, rows) in enumerate(ratios.items()):
@@ -803,8 +799,6 @@ def ranks_and_picks(groups: Groups) -> dict:
     """
     panels = defaultdict(dict)
     for (source, target, _, data, network), methods in groups.items():
-        if "flex" not in methods:
-            continue
         *units, _ = columns = [*methods["flex"][0]["candidates"]]
         nothing = dict.fromkeys(units, 0), {method: set() for method in SELECTIONS}
         sums, picks = panels[source, network, data].setdefault(target, nothing)
@@ -820,8 +814,6 @@ def ranks_and_picks(groups: Groups) -> dict:
 def figures_2(groups: Groups):
     """For each network and target: the units' ranks as shades, and the picks as triangles."""
     panels = ranks_and_picks(groups)
-    if not panels:
-        return
     figure, axes = canvas(7, 3 * len(panels), len(panels))
     for ((source, network, data), targets), (ax,) in zip(panels.items(), axes):
         ranks, picks = zip(*targets.values())
@@ -934,6 +926,8 @@ def scenarios(args) -> list[tuple[str, str]]:
         raise ValueError("--save: name a file, and one --target, one --ratio and --runs 1")
     if args.benchmark and (args.save or args.figures or args.table):
         raise ValueError("--benchmark keeps nothing: leave out --save, --figures and --table")
+    if (args.figures or 1 in args.table) and "flex" not in (args.methods or METHODS):
+        raise ValueError("--figures and --table 1 need flex among the --methods")
     if args.figures and not find_spec("matplotlib"):
         raise ValueError("--figures needs matplotlib: pip install matplotlib")
     return pairs
