@@ -440,7 +440,7 @@ def execute(run: Run, net: nn.Sequential, domain, images, args, progress: Callab
         choice = methods[method](task)
         result = choice.result if isinstance(choice, Selection) else choice
         row = run.head(method) | {"images": len(task.train[1]), "settings": as_row(task.settings)}
-        row["names"] = [name.replace("/", ".") for name in net._modules]
+        row["names"] = [flextune.label(net, unit) for unit in range(1, len(net) + 1)]
         row |= record(result)
         if isinstance(choice, Selection):
             row |= {
@@ -621,7 +621,7 @@ def print_scenario(scenario: tuple, methods: dict[str, list[dict]]) -> None:
     source, target, ratio, data, _ = scenario
     rows = [row for mine in methods.values() for row in mine]
     first, runs = rows[0], len({row["seed"] for row in rows})
-    numbered = {str(number): f"{number} {name}" for number, name in enumerate(first["names"], 1)}
+    numbered = {str(number): name for number, name in enumerate(first["names"], 1)}
     print(f"\n{source} -> {target}, ratio {ratio}: {first['images']} training images", end=", ")
     print(f"{runs} run{'s' * (runs > 1)}, top-{first['settings']['top_k']} accuracy\n{DATA[data]}")
     known = comparable(scenario)
@@ -663,7 +663,7 @@ def print_units(rows: list[dict], candidates: dict[str, str], runs: int) -> None
         found += [mean(mine, unit) for mine in proxies]
         chosen = Counter(row["method"] for row in rows if row.get("chosen") == unit)
         how_often = (m + f" ({n} of {runs})" * (runs > 1) for m, n in chosen.items())
-        if unit != "0" or tuned:
+        if {*found} != {"-"}:  # else it has no parameters, or was not tuned
             table.append([name, *found, ", ".join(how_often)])
     print()
     print_columns(table, left=len(table[0]))
