@@ -663,7 +663,7 @@ def print_units(rows: list[dict], candidates: dict[str, str], runs: int) -> None
         found += [mean(mine, unit) for mine in proxies]
         chosen = Counter(row["method"] for row in rows if row.get("chosen") == unit)
         how_often = (m + f" ({n} of {runs})" * (runs > 1) for m, n in chosen.items())
-        if {*found} != {"-"}:  # else it has no parameters, or was not tuned
+        if {*found} != {"-"}:  # else there is nothing to show
             table.append([name, *found, ", ".join(how_often)])
     print()
     print_columns(table, left=len(table[0]))
