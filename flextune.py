@@ -514,7 +514,7 @@ def _cut(model: nn.Module, x: torch.Tensor, opened: set[str]) -> nn.Sequential:
     for images, training in ((x, False), (x[:1], False), (x, True)):
         given = []
         for one in (model, net):
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(range(torch.cuda.device_count())):
                 torch.manual_seed(0)
                 given.append(_tensor(copy.deepcopy(one).train(training)(images)))
         if not torch.equal(*given):
@@ -557,17 +557,18 @@ class _Unit(nn.Module):
 
     def forward(self, x):
         self.rows, self.device, self.begun = len(x), x.device, False
-        begin = partial(self.begin, x, torch.get_rng_state())
-        start = self.body.get_submodule(self.start)
+        start, before = self.body.get_submodule(self.start), contextlib.ExitStack()
+        before.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
+        begin = partial(self.begin, x, before)
         try:
-            with start.register_forward_pre_hook(begin, with_kwargs=True, prepend=True):
+            with before, start.register_forward_pre_hook(begin, with_kwargs=True, prepend=True):
                 return _tensor(self.body(self.stub("")))
         except _End as end:
             return end.args[0]
 
-    def begin(self, x, random, _, *given):
+    def begin(self, x, before, _, *given):
         """From here on all is real: the tensor given, and random numbers."""
-        torch.set_rng_state(random)
+        before.close()
         self.begun, first = True, _tensor(given)
         return tree_map(lambda v: x if v is first else v, given)
 
