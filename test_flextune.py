@@ -46,6 +46,8 @@ from flextune import Result, Settings, Task
 
 HERE = Path(__file__).parent
 FAST = Settings(lr=1e-2, batch_size=16, check_every=2, patience=3, max_epochs=40, device="cpu")
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+CUDA = pytest.param("cuda", marks=NO_CUDA)
 
 # ---------------------------------------------------------------- a small problem
 
@@ -67,13 +69,13 @@ def images(n, seed, shifted=False):
     return x.clamp(0, 255).byte(), y
 
 
-def small_net(dropout=0.2):
+def small_net():
     """Five units, the third of them without parameters; BatchNorm, and dropout in the fourth."""
     return nn.Sequential(
         nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
         nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
         nn.MaxPool2d(2),
-        nn.Sequential(nn.Flatten(), nn.Linear(128, 16), nn.ReLU(), nn.Dropout(dropout)),
+        nn.Sequential(nn.Flatten(), nn.Linear(128, 16), nn.ReLU(), nn.Dropout(0.2)),
         nn.Linear(16, 4),
     )
 
@@ -211,19 +213,15 @@ def test_only_the_named_units_change(source, train, val, units):
     assert result.trained == sum(weight.numel() for weight in weights)
     assert result.accuracy == naive_accuracy(copy.deepcopy(result.net), val)
     assert result.accuracy == max(a for epoch, a in result.history if epoch > 0)
-    assert result.history[0] == (0, flextune.accuracy(source, val))
+    assert result.history[0] == (0, flextune.accuracy(source, val, FAST))
     assert [epoch for epoch, _ in result.history] == list(range(0, result.epochs + 1, 2))
 
 
 def test_dropout_is_off_in_frozen_units_and_on_in_tuned_ones(source, train, val):
-    def with_dropout(p):
-        net = small_net(dropout=p)
-        net.load_state_dict(source.state_dict())
-        return net
-
+    never, often = copy.deepcopy(source), copy.deepcopy(source)
+    never[3][3].p, often[3][3].p = 0.0, 0.9
     for unit, matters in ((5, False), (1, False), (4, True), ("all", True)):
-        tuned = [fine_tune(with_dropout(p), unit, train, val, FAST).net for p in (0.0, 0.9)]
-        assert same(*tuned) != matters
+        assert same(*(fine_tune(net, unit, train, val).net for net in (never, often))) != matters
 
 
 @pytest.mark.parametrize(
@@ -262,17 +260,19 @@ def test_the_same_seed_gives_the_same_result_whatever_ran_before(source, train, 
         assert same(first[4].net, run(4).net)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
-def test_cuda_is_reproducible_and_agrees_with_the_cpu(monkeypatch, source, train, val):
+@pytest.mark.parametrize("device", [CUDA])
+def test_cuda_is_reproducible_and_agrees_with_the_cpu(monkeypatch, source, train, val, device):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    random = torch.cuda.get_rng_state()
-    every = (replace(FAST, device=device) for device in ("cpu", "cuda", "cuda"))
-    cpu, one, two = (flextune.flex(Task(source, train, val, each)).tuned for each in every)
+    random, settings = torch.cuda.get_rng_state(), replace(FAST, device=device)
+    one, two = (flextune.flex(Task(source, train, val, settings)).tuned for _ in range(2))
     assert torch.equal(torch.cuda.get_rng_state(), random)
     for unit, result in one.items():
-        assert next(result.net.parameters()).device.type == "cuda"
-        assert same(result.net, two[unit].net)
-        assert result.accuracy == pytest.approx(cpu[unit].accuracy, abs=0.05)
+        assert next(result.net.parameters()).is_cuda and same(result.net, two[unit].net)
+    exact = copy.deepcopy(source).double()  # in float64 rounding decides nothing
+    exact[3][3].p = 0.0  # CUDA drops out others
+    one, two = (flextune.flex(Task(exact, train, val, each)).tuned for each in (settings, FAST))
+    for unit, result in one.items():
+        assert result.accuracy == pytest.approx(two[unit].accuracy)
 
 
 def test_images_enter_from_0_to_1_in_the_precision_of_the_network(source, train, val):
@@ -281,7 +281,7 @@ def test_images_enter_from_0_to_1_in_the_precision_of_the_network(source, train,
         result = fine_tune(source, 2, *((x.to(kind) / 255, y) for x, y in (train, val)))
         assert same(result.net, expected.net) and result.history == expected.history
     double = copy.deepcopy(source).double()
-    assert flextune.accuracy(double, val) == flextune.accuracy(source, val)
+    assert flextune.accuracy(double, val, FAST) == flextune.accuracy(source, val, FAST)
 
 
 def test_in_place_layers_do_not_change_the_data(train, val):
@@ -290,7 +290,7 @@ def test_in_place_layers_do_not_change_the_data(train, val):
     train, val = ((x.flatten(1) / 255 - 0.5, y) for x, y in (train, val))
     before = val[0].clone()
     result = fine_tune(net, 2, train, val)
-    assert result.accuracy == flextune.accuracy(result.net, val)
+    assert result.accuracy == flextune.accuracy(result.net, val, FAST)
     assert torch.equal(val[0], before)
 
 
@@ -340,7 +340,7 @@ def test_one_training_image_and_one_validation_image(source):
 def test_a_diverged_candidate_is_the_source(source, train, val):
     result = fine_tune(source, "all", train, val, replace(FAST, lr=1e30))
     assert result.diverged and same(result.net, source)
-    assert result.accuracy == result.history[0][1] == flextune.accuracy(source, val)
+    assert result.accuracy == result.history[0][1] == flextune.accuracy(source, val, FAST)
     # A single step: its loss is finite, only the weights are not.
     step = fine_tune(source, "all", images(4, 5), val, replace(FAST, lr=1e38), epochs=1)
     assert step.diverged and same(step.net, source)
@@ -499,7 +499,7 @@ class Centre(nn.Module):
 def test_the_best_state_is_all_of_the_module(train, val):
     result = fine_tune(around(Centre()), "all", train, val, replace(FAST, lr=0.3))
     assert result.epochs > max(result.history, key=lambda pair: pair[1])[0]  # it went on after it
-    assert result.accuracy == flextune.accuracy(result.net, val)
+    assert result.accuracy == flextune.accuracy(result.net, val, FAST)
 
 
 def test_the_memory_layout_stays(source, train, val):
@@ -514,7 +514,7 @@ def test_tokens_and_tables():
         nn.Sequential(Do(lambda _, x: x[0][:, -1]), nn.Linear(8, 3)))  # fmt: skip
     for net, x in ((text, tokens), (nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), tokens / 9)):
         selection = flextune.flex(Task(net, (x, y), (x, y), FAST))
-        assert selection.result.accuracy == flextune.accuracy(selection.result.net, (x, y))
+        assert selection.result.accuracy == flextune.accuracy(selection.result.net, (x, y), FAST)
 
 
 def test_augment_sees_every_training_batch_alike_and_no_other(source, train, val):
@@ -600,8 +600,8 @@ def test_ft_ss_tunes_scales_shifts_and_the_last_unit(source, train, val):
     # Scales: a kernel (output, input), or an output of the linear layer; shifts: an output.
     assert result.trained == (8 * 3 + 8) + (8 * 8 + 8) + (16 + 16) + (16 * 4 + 4)
     assert same(source, before) and source.training and not net.training
-    assert result.accuracy == flextune.accuracy(net, val)
-    assert result.history[0] == (0, flextune.accuracy(source, val))
+    assert result.accuracy == flextune.accuracy(net, val, FAST)
+    assert result.history[0] == (0, flextune.accuracy(source, val, FAST))
     for layer, old in ((net[0][0], source[0][0]), (net[1][0], source[1][0])):
         scales = layer.weight / old.weight  # (output, input, 3, 3)
         torch.testing.assert_close(scales, scales[:, :, :1, :1].expand_as(scales))
@@ -627,7 +627,7 @@ def test_certainty_known_values():
     for unit, right in rights.items():
         net = nn.Sequential(nn.Flatten(), nn.Linear(8, 2, bias=False))
         net[1].weight.data = torch.tensor([right, [0.5] * 8])  # logits of the image i in column i
-        tuned[unit] = Result(net, (), flextune.accuracy(net, (x, y)), 1, 0.0, [], 0)
+        tuned[unit] = Result(net, (), flextune.accuracy(net, (x, y), FAST), 1, 0.0, [], 0)
     task = Task(tuned[1].net, (x, y), (x, y), FAST)
     sure = flextune.certainty(task, flextune.Selection(2, 2, tuned))
     assert sure["runner_up"] == 1 and sure["lead"] == pytest.approx(1 / 8)
@@ -680,7 +680,7 @@ def test_image_to_image_units_start_as_the_identity_and_learn(source, train, val
         draws = images(33, seed=2), images(100, seed=3)
         train, val = ((shifts.affine(x, [0.0], [[1.0, 1.0]], [[-2.0, 0.0]]), y) for x, y in draws)
     result = fine_tune(nn.Sequential(unit, *source), 1, train, val, settings)
-    assert result.history[0][1] == flextune.accuracy(source, val)
+    assert result.history[0][1] == flextune.accuracy(source, val, FAST)
     assert not same(result.net[0], unit)
     assert all(same(a, b) for a, b in zip(result.net[1:], source))
     assert result.accuracy > result.history[0][1]
@@ -1219,10 +1219,10 @@ def test_the_4_layer_network_learns_the_built_in_digits_and_every_shift_hurts(mo
     own, settings = shifts.load("mnist", None, None), Settings(device="cpu")
     net = run_all.seeded(models.mnist_net, 0).to(memory_format=torch.channels_last)
     net = fine_tune(net, "all", own["source"], own["val"], settings, epochs=4).net
-    assert flextune.accuracy(net, own["test"]) >= 0.97
+    assert flextune.accuracy(net, own["test"], FAST) >= 0.97
     for _, target in [pair for pair in run_all.SCENARIOS if pair[0] == "mnist"]:
         shifted = shifts.load("mnist", target, None)["test"]
-        assert flextune.accuracy(net, shifted) < 0.87, target
+        assert flextune.accuracy(net, shifted, FAST) < 0.87, target
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -1347,7 +1347,7 @@ def test_statistics_of_the_batch_where_they_are_asked_for(source, train, val):
     result = fine_tune(source, [1, 5], train, val, settings)
     assert not torch.equal(result.net[0][1].running_mean, source[0][1].running_mean)
     assert torch.equal(result.net[1][1].running_mean, source[1][1].running_mean)
-    assert result.accuracy == flextune.accuracy(result.net, val)
+    assert result.accuracy == flextune.accuracy(result.net, val, FAST)
     net, one = around(nn.BatchNorm1d(192)), replace(settings, batch_size=32)  # of 33: 32 and one
     with pytest.raises(ValueError, match="unit 2, in training: Expected more than 1 value"):
         flextune.flex(Task(net, train, val, one, pytest.fail))
@@ -1745,8 +1745,6 @@ def test_image_to_image_retrieval_and_figures(quick, capsys, monkeypatch):
     only_results(monkeypatch)
     quick(command)
     assert {path.name for path in Path("new/figures").iterdir()} == drawn
-    for path in Path("new/figures").iterdir():
-        assert path.read_bytes().startswith(b"\x89PNG")
 
 
 DRIVER = """
@@ -1800,7 +1798,7 @@ def test_the_saved_network_has_the_reported_accuracy(quick):
         net.load_state_dict(torch.load("kept/net.pt", weights_only=True))
         (row,) = (row for row in results() if row["method"] == method)
         for split in ("val", "test"):
-            assert flextune.accuracy(net, domain[split]) == row[split]
+            assert flextune.accuracy(net, domain[split], FAST) == row[split]
 
 
 def test_a_broken_source_network_or_result_is_made_anew(quick):
@@ -1834,7 +1832,6 @@ def test_without_data_and_network_the_built_in_digits_are_announced(quick, capsy
     out = capsys.readouterr().out
     assert "train-images-idx3-ubyte.gz is missing" in out and "***" in out
     assert out.count("BUILT-IN DATA") == 2
-    assert "paper" not in out.replace("the paper's", "")
 
 
 def test_real_data_are_shown_beside_the_paper(quick, capsys, mnist):
@@ -2156,7 +2153,7 @@ class Block(nn.Module):
     def forward(self, x):
         y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
         if self.training:
-            y = y * (torch.rand(len(y), 1, 1, 1) > 0.1)
+            y = y * (torch.rand(len(y), 1, 1, 1, device=y.device) > 0.1)
         return self.relu(y + self.downsample(x))
 
 
@@ -2223,16 +2220,17 @@ WORDS = torch.randint(20, (4, 6), generator=torch.Generator().manual_seed(0))
         (lambda: nn.Sequential(ResNet()), 5, [f"0.{n}" for n in ("conv1", *BLOCKS, "fc")]),
     ],
 )
-def test_split_gives_what_the_model_gives(build, units, names):
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_split_gives_what_the_model_gives(build, units, names, device):
     torch.manual_seed(0)
-    model = build()
+    model, pixels = build().to(device), PIXELS.to(device)
     next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d)).eval()
     before, modes = copy.deepcopy(model), [module.training for module in model.modules()]
-    net = flextune.split(model, PIXELS, units)
+    net = flextune.split(model, pixels, units)
     assert [name.replace("/", ".") for name in net._modules] == names
     assert same(model, before) and modes == [module.training for module in model.modules()]
     for training in (True, False):
-        for images in (PIXELS, PIXELS[:3]):
+        for images in (pixels, pixels[:3]):
             given = []
             for one in (before, net):
                 torch.manual_seed(1)
