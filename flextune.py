@@ -558,7 +558,7 @@ class _Unit(nn.Module):
     def forward(self, x):
         self.rows, self.device, self.begun = len(x), x.device, False
         start, before = self.body.get_submodule(self.start), contextlib.ExitStack()
-        before.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
+        before.enter_context(torch.random.fork_rng([x.device] if x.is_cuda else []))
         begin = partial(self.begin, x, before)
         try:
             with before, start.register_forward_pre_hook(begin, with_kwargs=True, prepend=True):
