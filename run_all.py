@@ -428,7 +428,8 @@ def execute(run: Run, net: nn.Sequential, domain, images, args, progress: Callab
     `images` gives a source's validation images.
     """
     task, test = run.task(net, domain), domain["test"]
-    task.report = lambda text: progress(len(task.results) / (len(net) + 6), text)
+    share = 1 / (len(net) + 6)  # of a training, about
+    task.report = lambda text: progress(len(task.results) * share, f"{method}, {text}")
     methods = METHODS | {"flex-i2i": partial(flex_i2i, target=run.pair[1])}
     accuracy = cache(replace(task, val=test).accuracy)
 
