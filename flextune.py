@@ -1,34 +1,37 @@
-"""Flex-tuning: find the one unit of a pretrained network to fine-tune on different-looking data.
+"""Flex-tuning: find the one unit of a pretrained network to fine-tune on data of another look.
 
 Royer & Lampert, "A Flexible Selection Scheme for Minimum-Effort Transfer Learning", WACV 2020.
-This file needs PyTorch alone, so it can be copied into any project:
+This file needs only PyTorch. Copy it into your project:
 
     task = Task(net, (x_train, y_train), (x_val, y_val), Settings(lr=1e-4))
     selection = flex(task)  # or fast_flex, faster_flex
-    selection.chosen, selection.result.accuracy, selection.result.net
+    print(selection.chosen, selection.result.accuracy)
+    tuned_net = copy.deepcopy(selection.result.net)
+    print(accuracy(tuned_net, (x_test, y_test)))
 
-`net` is an `nn.Sequential` whose children are its units, numbered from 1, and gives logits [N,
-classes]. x [N, ...] is uint8 (enters as x / 255), float, or int64 tokens; y is int64 [N]. No
-function changes what it is given. `net.to(memory_format=torch.channels_last)` can be faster. On
-CUDA, `torch.backends.cudnn.deterministic = True` gives the same result every time.
+net  an nn.Sequential that returns logits [N, classes]. Its children are the units, numbered from 1
+     as in the paper: unit l is net[l - 1].
+x    [N, ...]: uint8 images (the network gets x / 255), float images or features, or int64 tokens
+y    [N]: int64 class labels
+
+The given network and data are never changed. Training is faster on many CPUs and GPUs after
+`net.to(memory_format=torch.channels_last)`. On CUDA, results are reproducible with
+`torch.backends.cudnn.deterministic = True`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
-import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_iter, tree_map, tree_map_only
+
+# ---------------------------------------------------------------- settings and results
 
 
 @dataclass(frozen=True)
@@ -36,55 +39,59 @@ class Settings:
     """The training protocol (section 5.1), the same for every network of a selection."""
 
     lr: float = 1e-3  # of Adam; the paper: 1e-3 for the small networks, 1e-4 for Inception2
-    batch_size: int = 64  # images per step; the last batch of an epoch may be smaller
-    check_every: int = 5  # epochs from one validation to the next; the paper: 5 to 10
-    patience: int = 5  # the training ends after so many validations without a better accuracy
-    max_epochs: int = 300  # the training ends here even if the accuracy still improves
-    batch_statistics: bool = False  # BatchNorm in tuned units: use the batch's, move the averages
-    top_k: int = 1  # an image counts as right if its class is among the k largest logits
-    seed: int = 0  # of the order of the images and of dropout
-    device: str | None = None  # None: CUDA where there is one, else the CPU
-    cache_bytes: int = 2 << 30  # memory for what frozen units make of both sets, to run them once
-    bfloat16: bool = False  # train with bfloat16 products, for which many processors have units
-    augment: Callable | None = None  # a function of every batch of training images, as it enters
-    loss: Callable = nn.functional.cross_entropy  # of logits [B, classes] and labels [B]
+    batch_size: int = 64  # the last batch of an epoch may be smaller
+    check_every: int = 5  # validate every this many epochs; the paper: 5 to 10
+    patience: int = 5  # stop after this many validations without improvement
+    max_epochs: int = 300  # upper limit on the number of epochs
+    batch_statistics: bool = (
+        False  # False: BatchNorm keeps its running averages in tuned units, too
+    )
+    top_k: int = 1  # a prediction is correct if the label is among the k largest logits
+    seed: int = 0  # for shuffling, dropout and augment (as far as it draws from PyTorch)
+    device: str | torch.device | None = None  # None: CUDA if available, else the CPU
+    cache_bytes: int = 2 * 1024**3  # memory limit for cached outputs of frozen units
+    bfloat16: bool = False  # train under bfloat16 autocast; validation keeps full precision
+    augment: Callable | None = None  # batch -> batch, in training; images are in [0, 1] by then
+    loss: Callable = nn.functional.cross_entropy  # loss(logits [B, classes], labels [B]) -> scalar
 
     def __post_init__(self):
         for name in ("batch_size", "check_every", "patience", "max_epochs", "top_k"):
-            _whole(name, getattr(self, name))
+            _check_int(name, getattr(self, name), minimum=1)
         for name in ("seed", "cache_bytes"):
-            _whole(name, getattr(self, name), least=0)
+            _check_int(name, getattr(self, name), minimum=0)
         if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be above 0, not {self.lr}")
+            raise ValueError(f"lr must be a positive number, not {self.lr}")
 
 
-def _whole(name: str, value, least: int = 1) -> None:
-    if not hasattr(value, "__index__") or value < least:
-        raise ValueError(f"{name} must be a whole number from {least}, not {value!r}")
+def _check_int(name: str, value, minimum: int) -> None:
+    if not hasattr(value, "__index__") or value < minimum:
+        raise ValueError(f"{name} must be an integer of at least {minimum}, not {value!r}")
 
 
 @dataclass
 class Result:
     """One fine-tuned network."""
 
-    net: nn.Sequential  # in evaluation mode, on the device; its frozen units are the task's own
-    units: tuple[int, ...]  # the tuned units
-    accuracy: float  # top-k accuracy of `net` on the validation set, in [0, 1]
-    epochs: int  # epochs run, those after the returned state included
+    net: nn.Sequential  # its frozen units are those of the task: deepcopy it before changing it
+    units: tuple[int, ...]  # numbers of the tuned units
+    accuracy: float  # of `net` on the validation set, between 0 and 1
+    best_epoch: int  # the epoch after which `net` was kept; 0 is the source network
+    epochs: int  # epochs trained, including those after the best one
     seconds: float  # wall time
     history: list[tuple[int, float]]  # (epoch, validation accuracy); epoch 0 is the source network
-    trained: int  # number of scalars trained
-    diverged: bool = False  # a weight stopped being finite; `net` is from before that
+    num_trained: int  # number of trained parameters (scalars)
+    diverged: bool = False  # a weight became NaN or infinite; `net` is the best state before that
 
 
 @dataclass
 class Selection:
-    """What a selection algorithm chose, and all that it looked at."""
+    """The choice of a selection algorithm, and everything it is based on."""
 
-    chosen: int | str  # N_flex: a unit, or "all"
-    best: int | str  # the arg max: line 7, 7, 6 of Algorithms 1, 2, 3; line 10 comes after it
-    tuned: dict[int | str, Result]  # every network fine-tuned on the way
+    chosen: int | str  # the unit that is tuned in N_flex, or "all"
+    best: int | str  # the arg max; fast_flex may still choose "all" (Algorithm 2, line 10)
+    tuned: dict[int | str, Result]  # networks trained until early stopping, by tuned unit
     proxies: dict[int, float] = field(default_factory=dict)  # validation accuracy of each proxy
+    one_epoch: Result | None = None  # Algorithm 3's N_ft-all, trained for a single epoch
 
     @property
     def result(self) -> Result:
@@ -93,84 +100,122 @@ class Selection:
 
     @property
     def tied(self) -> list[int | str]:
-        """The candidates that share the arg max. `best`, the smallest unit, is the first."""
-        a = self.proxies or {unit: one.accuracy for unit, one in self.tuned.items()}
-        return [unit for unit in a if a[unit] == a[self.best]]
+        """All candidates that share the highest accuracy; the first of them is `best`."""
+        if self.proxies:
+            accuracies = self.proxies
+        else:
+            accuracies = {unit: result.accuracy for unit, result in self.tuned.items()}
+        return [unit for unit in accuracies if accuracies[unit] == accuracies[self.best]]
 
 
 # ---------------------------------------------------------------- selection (sections 3 and 4)
-# The numbers are the lines of the pseudo-code, whose inputs, N, D_train and D_val, are in a `Task`.
-# `max` returns the first of equals: the smallest unit, and a single unit before "all".
+#
+# The comments quote the pseudo-code. Its inputs N, D_train and D_val are in `task`. Of several
+# equal accuracies, `max` takes the first: the lowest unit, and a single unit rather than "all".
 
 
 def flex(task: Task) -> Selection:
-    """Algorithm 1: tune each unit alone, tune all, take the best on the validation set."""
+    """Algorithm 1: fine-tune each unit, then all units, and keep the best on the validation set."""
+    # 1-4: for l = 1, ..., L: N_ft-l <- fine-tune unit l of N; a_ft-l <- its accuracy on D_val
     tuned = {}
-    for unit in candidates(task.net):  # 1
-        tuned[unit] = fine_tune(task, unit)  # 2, and 3: its `.accuracy`
-    tuned["all"] = fine_tune(task, "all")  # 5, and 6
-    best = max(tuned, key=lambda unit: tuned[unit].accuracy)  # 7
+    for unit in candidates(task.net):
+        tuned[unit] = fine_tune(task, unit)
+
+    # 5-6: N_ft-all <- fine-tune all units of N; a_ft-all <- its accuracy on D_val
+    tuned["all"] = fine_tune(task, "all")
+
+    # 7: N_flex <- N_best for best <- arg max over {1, ..., L, all} of a_ft-X
+    best = max(tuned, key=lambda unit: tuned[unit].accuracy)
     return Selection(chosen=best, best=best, tuned=tuned)
 
 
 def fast_flex(task: Task) -> Selection:
-    """Algorithm 2: tune all units, choose by the proxies' accuracy, tune the chosen unit."""
-    ft_all, a = fine_tune(task, "all"), {}  # 1, and 2
-    for unit in candidates(task.net):  # 3
-        proxy = surgery(task.net, ft_all.net, unit)  # 4
-        a[unit] = task.accuracy(proxy, shared=unit - 1)  # 5
-    best = max(a, key=a.get)  # 7
-    ft_best = fine_tune(task, best)  # 8, and 9
-    chosen = best if ft_best.accuracy >= ft_all.accuracy else "all"  # 10
-    return Selection(chosen=chosen, best=best, tuned={"all": ft_all, best: ft_best}, proxies=a)
+    """Algorithm 2: choose the unit by proxy networks, with units from a fully tuned network."""
+    # 1-2: N_ft-all <- fine-tune all units of N; a_ft-all <- its accuracy on D_val
+    all_tuned = fine_tune(task, "all")
+
+    # 3-6: for l = 1, ..., L: a_l <- accuracy on D_val of N_prox-l
+    proxies = {}
+    for unit in candidates(task.net):
+        proxies[unit] = task.accuracy(surgery(task.net, all_tuned.net, unit), num_frozen=unit - 1)
+
+    # 7: best <- arg max over {1, ..., L} of a_l
+    best = max(proxies, key=proxies.get)
+
+    # 8-9: N_best <- fine-tune unit best of N; a_ft-best <- its accuracy on D_val
+    best_tuned = fine_tune(task, best)
+
+    # 10: N_flex <- if a_ft-best >= a_ft-all then N_best else N_ft-all
+    chosen = best if best_tuned.accuracy >= all_tuned.accuracy else "all"
+    tuned = {"all": all_tuned, best: best_tuned}
+    return Selection(chosen=chosen, best=best, tuned=tuned, proxies=proxies)
 
 
 def faster_flex(task: Task) -> Selection:
-    """Algorithm 3: as fast-flex, with the proxies from a single epoch and without ft-all."""
-    epoch, a = fine_tune(task, "all", epochs=1), {}  # 1
-    for unit in candidates(task.net):  # 2
-        proxy = surgery(task.net, epoch.net, unit)  # 3
-        a[unit] = task.accuracy(proxy, shared=unit - 1)  # 4
-    best = max(a, key=a.get)  # 6
-    ft_best = fine_tune(task, best)  # 7
-    return Selection(chosen=best, best=best, tuned={"all": epoch, best: ft_best}, proxies=a)
+    """Algorithm 3: like Algorithm 2, but its proxies come from a single epoch."""
+    # 1: N_ft-all <- fine-tune all units of N for a single epoch
+    one_epoch = fine_tune(task, "all", epochs=1)
 
+    # 2-5: for l = 1, ..., L: a_l <- accuracy on D_val of N_prox-l
+    proxies = {}
+    for unit in candidates(task.net):
+        proxies[unit] = task.accuracy(surgery(task.net, one_epoch.net, unit), num_frozen=unit - 1)
 
-def candidates(net: nn.Sequential) -> list[int]:
-    """Numbers of the units with parameters, in order. Others (a dropout) are on in "all" alone."""
-    plain = isinstance(net, nn.Sequential) and type(net).forward is nn.Sequential.forward
-    parts = vars(net).items() if plain else ()
-    if [name for name, part in parts if isinstance(part, dict) and part] != ["_modules"]:
-        raise ValueError("the network must be an nn.Sequential of units that adds nothing to them")
-    counts = [len(list(unit.parameters())) for unit in net]
-    if not any(counts) or sum(counts) != len(list(net.parameters())):
-        raise ValueError("the units have no parameters, or two of them share some")
-    return [number for number, count in enumerate(counts, 1) if count]
+    # 6: best <- arg max over {1, ..., L} of a_l
+    best = max(proxies, key=proxies.get)
+
+    # 7: N_flex <- fine-tune unit best of N
+    tuned = {best: fine_tune(task, best)}
+    return Selection(chosen=best, best=best, tuned=tuned, proxies=proxies, one_epoch=one_epoch)
 
 
 def surgery(net: nn.Sequential, tuned: nn.Sequential, unit: int) -> nn.Sequential:
-    """`net` with `unit` (from 1), its parameters and buffers, of `tuned`. No unit is copied."""
-    _whole("unit", unit)
+    """The proxy network N_prox-l: `net` with one unit (counted from 1) taken from `tuned`.
+
+    The units are shared with the given networks, not copied.
+    """
+    _check_int("unit", unit, minimum=1)
     proxy = net[:]
     proxy[unit - 1] = tuned[unit - 1]
     return proxy
 
 
-def certainty(task: Task, selection: Selection, delta: float = 0.05) -> dict:
-    """How sure flex's choice is: its lead on D_val, and the bound O(sqrt(log L / |D_val|)) of 3.3.
+def candidates(net: nn.Sequential) -> list[int]:
+    """The numbers of the units that have parameters, in ascending order.
 
-    "lead" over the "runner_up", with its standard "error"; "bound": with probability 1 - delta all
-    L + 1 accuracies are so near to those expected (Hoeffding, as if no epoch were chosen on D_val).
+    Units without parameters, such as dropout, are only active when all units are tuned.
     """
-    if selection.proxies or not 0 < delta < 1:
-        raise ValueError("certainty is of flex alone, which tunes every candidate; 0 < delta < 1")
-    others = {unit: one for unit, one in selection.tuned.items() if unit != selection.chosen}
+    return [number for number, unit in enumerate(net, start=1) if list(unit.parameters())]
+
+
+def certainty(task: Task, selection: Selection, delta: float = 0.05) -> dict:
+    """How reliable the choice of `flex` is, given the task on which it was made.
+
+    Returns a dict:
+        runner_up: The second best candidate.
+        lead: Validation accuracy of the choice minus that of the runner-up.
+        standard_error: Standard error of the lead.
+        bound: With probability at least 1 - delta, the validation accuracy of every candidate is
+            within this distance of its expected accuracy. Section 3.3: Hoeffding's inequality and
+            a union bound over the candidates, ignoring that epochs are also selected.
+    """
+    if selection.proxies:
+        raise ValueError("certainty needs a selection of flex, which tunes every candidate")
+    if not 0 < delta < 1:
+        raise ValueError(f"delta must be between 0 and 1, not {delta}")
+    others = {unit: result for unit, result in selection.tuned.items() if unit != selection.chosen}
     runner_up = max(others, key=lambda unit: others[unit].accuracy)
-    won, lost = (task.right(one.net).double() for one in (selection.result, others[runner_up]))
-    lead, n = won - lost, len(won)
-    error = lead.std(correction=0).item() / n**0.5
-    bound = math.sqrt(math.log(2 * len(selection.tuned) / delta) / (2 * n))
-    return {"runner_up": runner_up, "lead": lead.mean().item(), "error": error, "bound": bound}
+    choice_correct = task.correct(selection.result.net).double()
+    runner_up_correct = task.correct(others[runner_up].net).double()
+    difference = choice_correct - runner_up_correct
+    num_images = len(difference)
+    num_candidates = len(selection.tuned)
+    return {
+        "runner_up": runner_up,
+        "lead": difference.mean().item(),
+        "standard_error": difference.std(correction=0).item() / math.sqrt(num_images),
+        "bound": math.sqrt(math.log(2 * num_candidates / delta) / (2 * num_images)),
+    }
 
 
 # ---------------------------------------------------------------- baselines (section 5.1)
@@ -182,46 +227,63 @@ def ft_all(task: Task) -> Result:
 
 
 def ft_fc(task: Task, n: int = 1) -> Result:
-    """Fine-tune the last `n` units that have parameters."""
-    _whole("n", n)
+    """Fine-tune the last n units that have parameters."""
+    _check_int("n", n, minimum=1)
     return fine_tune(task, candidates(task.net)[-n:])
 
 
 def ft_ss(task: Task) -> Result:
-    """Fine-tune the last unit and, in every layer below it, scales and shifts of frozen weights.
+    """Fine-tune the last unit, and scales and shifts of the frozen weights below it.
 
-    After Sun et al., "Meta-Transfer Learning for Few-Shot Learning", CVPR 2019: a scale from 1 for
-    each kernel (output, input) of a convolution or output of a linear layer, a shift from 0 for
-    each output. All else, BatchNorm too, stays as it is. In the returned network they are
-    multiplied and added into the weights and biases, of which every such layer then has one.
+    After Sun et al., "Meta-Transfer Learning for Few-Shot Learning", CVPR 2019: every convolution
+    gets a scale (initially 1) per kernel and a shift (initially 0) per output channel, every linear
+    layer a scale and a shift per output. In the returned network they are folded into the weights
+    and biases, so layers below the last unit have biases even if they had none before.
     """
-    scaled, last = copy.deepcopy(task.net), candidates(task.net)[-1]
-    for layer in list(scaled[: last - 1].modules()):
-        if parametrize.is_parametrized(layer):
-            raise ValueError("ft_ss: a weight is parametrized already, as by weight_norm")
-        for name, weight in list(layer.named_parameters(recurse=False)):
-            delattr(layer, name)
-            layer.register_buffer(name, weight.detach())  # a buffer is not trained
-        if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            # Training a bias is training a shift from 0 that is added to it.
-            zero = layer.weight.new_zeros(len(layer.weight))
-            layer.bias = nn.Parameter(zero if layer.bias is None else layer.bias)
-            parametrize.register_parametrization(layer, "weight", _Scale(layer.weight))
+    last_unit = candidates(task.net)[-1]
+    scaled_net = copy.deepcopy(task.net)
+    for layer in list(scaled_net[: last_unit - 1].modules()):
+        _add_scale_and_shift(layer)
+    # BatchNorm keeps its statistics: on batch statistics a shift before it would have no effect.
     settings = replace(task.settings, batch_statistics=False)
-    result = fine_tune(replace(task, net=scaled, settings=settings), "all")
-    plain = copy.deepcopy(surgery(task.net, result.net, last)).eval()
-    for name, layer in result.net[: last - 1].named_modules():
-        if hasattr(layer, "parametrizations") and "bias" in layer._parameters:
-            plain.get_submodule(name).weight = nn.Parameter(layer.weight.detach())
-            plain.get_submodule(name).bias = nn.Parameter(layer.bias.detach())
-    return replace(result, net=plain)
+    scaled_task = Task(scaled_net, task.train, task.val, settings, task.report)
+    result = fine_tune(scaled_task, "all")
+
+    folded_net = copy.deepcopy(surgery(task.net, result.net, last_unit)).eval()
+    for name, layer in result.net[: last_unit - 1].named_modules():
+        if parametrize.is_parametrized(layer):
+            folded = folded_net.get_submodule(name)
+            folded.weight = nn.Parameter(layer.weight.detach())
+            folded.bias = nn.Parameter(layer.bias.detach())
+    return replace(result, net=folded_net)
+
+
+def _add_scale_and_shift(layer: nn.Module) -> None:
+    """Freeze the layer's own parameters; linear and conv layers get a scale and a shift."""
+    if parametrize.is_parametrized(layer):
+        raise ValueError("ft_ss cannot scale a weight that is parametrized already (weight_norm?)")
+    for name, weight in list(layer.named_parameters(recurse=False)):
+        delattr(layer, name)
+        layer.register_buffer(name, weight.detach())  # buffers are not trained
+    if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        # Training the bias is the same as training a shift that is added to it.
+        if layer.bias is None:
+            layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
+        else:
+            layer.bias = nn.Parameter(layer.bias)
+        parametrize.register_parametrization(layer, "weight", _Scale(layer.weight))
 
 
 class _Scale(nn.Module):
-    def __init__(self, weight):  # convolution [out, in, ...]; linear layer [out, in]
+    """Parametrization: a factor per kernel of a convolution, or per output of a linear layer."""
+
+    def __init__(self, weight: torch.Tensor):
         super().__init__()
-        each = weight.shape[:2] if weight.dim() > 2 else weight.shape[:1]
-        self.scale = nn.Parameter(weight.new_ones(each + (1,) * (weight.dim() - len(each))))
+        if weight.dim() == 2:  # linear: [out, in]
+            shape = (weight.shape[0], 1)
+        else:  # convolution: [out, in / groups, ...]
+            shape = weight.shape[:2] + (1,) * (weight.dim() - 2)
+        self.scale = nn.Parameter(weight.new_ones(shape))
 
     def forward(self, weight):
         return weight * self.scale
@@ -231,354 +293,428 @@ class _Scale(nn.Module):
 
 
 def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None) -> Result:
-    """Fine-tune `units` of N on D_train until the accuracy on D_val stops improving.
+    """Fine-tune some units of the source network; all the others stay frozen.
 
-    `units`: a number from 1 to L, a name, several of these, or "all". The training ends as
-    `Settings.patience` and `max_epochs` say. Returned is the state that validates best, the source
-    network not among them; with a number of `epochs`, the last one; if a weight stops being finite,
-    the one before. Every parameter of the units is trained, BatchNorm as the settings say. All else
-    is frozen: its parameters and buffers stay as they are to the bit, its dropout is off.
+    Args:
+        task: The source network, the data and the settings.
+        units: A unit number (1 to L), a unit name, several of these, or "all".
+        epochs: Train for exactly this many epochs and return the final state (Algorithm 3,
+            line 1). By default, training stops early and the best state on D_val is returned.
+
+    Frozen units do not change at all: no gradients, no BatchNorm updates, no dropout.
+    The source network (epoch 0) does not compete for the best state. If a weight becomes NaN or
+    infinite, training stops, and the best state before that is returned with `diverged` set. If
+    there was no validation before that, it is the source network.
+    Results are kept in `task.results`, so nothing is trained twice.
+
+    Raises ValueError if there is no such unit or no gradient reaches it. Errors in the network, the
+    loss or `augment` are passed on, with a note that names the tuned units.
     """
-    numbers = task.numbers(units)
     if epochs is not None:
-        _whole("epochs", epochs)
-    if not task.results:  # first each unit takes a step on two images, or on one if a batch has one
-        few = 1 if len(task.train[1]) % task.settings.batch_size == 1 else 2
-        small, (x, y) = copy.copy(task), [tensor[:few] for tensor in task.train]
-        small.train, small.val, small._outputs = (x, y), (x, y), (0, x, x)
-        small.report = lambda text: None
-        for unit in reversed(candidates(task.net)):  # the highest that fails is at fault
-            with _refused(f"unit {label(task.net, unit)}, in training"):
-                _train(small, (unit,), epochs=1)
-    with _refused(f"unit {label(task.net, *numbers)}"):
-        result = task.results.get((numbers, epochs)) or _train(task, numbers, epochs)
-        if not result.trained:
-            raise ValueError("no gradient reaches it: is there a no_grad in it, or above?")
-    return task.results.setdefault((numbers, epochs), result)
+        _check_int("epochs", epochs, minimum=1)
+    unit_numbers = task.unit_numbers(units)
+    key = (unit_numbers, epochs)
+    if key not in task.results:
+        try:
+            # Dropout draws from the global random generators, so seed them and restore them later.
+            with torch.random.fork_rng(range(torch.cuda.device_count())), torch.enable_grad():
+                torch.manual_seed(task.settings.seed)
+                task.results[key] = _train(task, unit_numbers, epochs)
+        except Exception as error:
+            error.add_note(f"while fine-tuning unit {label(task.net, *unit_numbers)}")
+            raise
+    return task.results[key]
 
 
-def _train(task: Task, numbers: tuple[int, ...], epochs: int | None) -> Result:
-    """`fine_tune` of these units, with no look at what was tuned before."""
-    start, settings, below = time.perf_counter(), task.settings, numbers[0] - 1
-    shared, x, _ = task.outputs(0 if settings.augment else below)
-    frozen = {id(unit): unit for number, unit in enumerate(task.net, 1) if number not in numbers}
-    net, y = copy.deepcopy(task.net, {**frozen}), task.train[1]  # copies share what is frozen
-    tuned = nn.ModuleList(net[number - 1] for number in numbers).requires_grad_(True)
-    optimizer = torch.optim.Adam(tuned.parameters(), settings.lr, fused=True)
-    order = torch.Generator().manual_seed(settings.seed)
+def _train(task: Task, unit_numbers: tuple[int, ...], epochs: int | None) -> Result:
+    """The training loop of `fine_tune`."""
+    settings = task.settings
+    max_epochs = epochs or settings.max_epochs
+    start_time = time.perf_counter()
+
+    # Frozen units below the tuned ones give the same output in every epoch, so training starts
+    # from their cached outputs. With augmentation the images change, and it starts from the images.
+    num_frozen = unit_numbers[0] - 1
+    num_cached, x = task.cached_outputs("train", 0 if settings.augment else num_frozen)
+
+    net = _copy_units(task.net, unit_numbers).eval().requires_grad_(False)
+    tuned = nn.ModuleList(net[number - 1] for number in unit_numbers).requires_grad_(True)
+    optimizer = torch.optim.Adam(tuned.parameters(), lr=settings.lr, fused=True)
+    shuffle_rng = torch.Generator().manual_seed(settings.seed)
+
     history = [(0, task.source_accuracy)]
-    best, state, diverged = history[0], copy.deepcopy(net, {**frozen}), False
-    last = epochs or settings.max_epochs
-    with torch.random.fork_rng(range(torch.cuda.device_count())), torch.enable_grad():
-        torch.manual_seed(settings.seed)
-        for epoch in range(1, last + 1):
-            for module in tuned.train().modules():
-                if isinstance(module, nn.modules.batchnorm._NormBase):
-                    module.train(settings.batch_statistics)
-            shuffled = torch.randperm(len(x), generator=order, device="cpu").to(x.device)
-            for batch in shuffled.split(settings.batch_size):
-                images = task.enter(x[batch], shared)
-                images = settings.augment(images) if settings.augment else images
-                with torch.autocast(x.device.type, torch.bfloat16, settings.bfloat16):
-                    logits = net[shared:](images)  # (B, classes)
-                loss = settings.loss(logits.float() if settings.bfloat16 else logits, y[batch])
-                if loss.requires_grad:  # a unit may skip a batch, as with stochastic depth
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-            if not optimizer.state:
-                break  # no gradient reaches the units
-            if epoch % settings.check_every and epoch < last:
-                continue
-            if diverged := any(not weight.isfinite().all() for weight in tuned.parameters()):
-                break  # after a loss that is NaN the weights are, too
-            a = task.accuracy(net.eval(), below)
-            history.append((epoch, a))
-            left = (time.perf_counter() - start) * (last / epoch - 1)
-            what = f"unit {label(net, *numbers)}: epoch {epoch}, validation {a:.3f}"
-            task.report(f"{what}, at most {left:.0f} s left")
-            if epochs or best[0] == 0 or a > best[1]:
-                best, state = history[-1], copy.deepcopy(net, {**frozen})
-            elif len(history) - history.index(best) > settings.patience:
-                break
-    trained, seconds = sum(w.numel() for w in optimizer.state), time.perf_counter() - start
-    return Result(state.eval(), numbers, best[1], epoch, seconds, history, trained, diverged)
+    best_epoch, best_accuracy = history[0]
+    best_net = _copy_units(net, unit_numbers)
+    checks_without_improvement = 0
+    diverged = False
+
+    for epoch in range(1, max_epochs + 1):
+        _set_train_mode(tuned, settings.batch_statistics)
+        _train_one_epoch(task, net, optimizer, x, num_cached, shuffle_rng)
+        if epoch % settings.check_every != 0 and epoch != max_epochs:
+            continue
+        if not all(weight.isfinite().all() for weight in tuned.parameters()):
+            diverged = True
+            break
+
+        accuracy = task.accuracy(net, num_frozen)
+        history.append((epoch, accuracy))
+        if task.report is not None:
+            seconds_left = (time.perf_counter() - start_time) * (max_epochs / epoch - 1)
+            task.report(
+                f"unit {label(net, *unit_numbers)}: epoch {epoch}, "
+                f"validation {accuracy:.3f}, at most {seconds_left:.0f} s left"
+            )
+
+        improved = best_epoch == 0 or accuracy > best_accuracy
+        if improved or epochs is not None:
+            best_epoch, best_accuracy = epoch, accuracy
+            best_net = _copy_units(net, unit_numbers)
+            checks_without_improvement = 0
+        else:
+            checks_without_improvement += 1
+        if checks_without_improvement == settings.patience:
+            break
+
+    if not optimizer.state:
+        raise ValueError("no gradient reached the tuned units: does the network use them?")
+    return Result(
+        net=best_net.eval(),
+        units=unit_numbers,
+        accuracy=best_accuracy,
+        best_epoch=best_epoch,
+        epochs=epoch,
+        seconds=time.perf_counter() - start_time,
+        history=history,
+        num_trained=sum(weight.numel() for weight in optimizer.state),
+        diverged=diverged,
+    )
 
 
-def show(text: str) -> None:
-    """A line of progress on standard error, rewritten on a terminal: `Task(..., report=show)`."""
-    if sys.stderr:  # it may be closed
-        terminal, width = sys.stderr.isatty(), shutil.get_terminal_size().columns
-        line = f"\r{text[: width - 1]}\x1b[K" if terminal else f"{text}\n" * bool(text)
-        print(line, end="", file=sys.stderr, flush=True)
+def _train_one_epoch(
+    task: Task,
+    net: nn.Sequential,
+    optimizer: torch.optim.Optimizer,
+    x: torch.Tensor,
+    num_cached: int,
+    shuffle_rng: torch.Generator,
+) -> None:
+    """One pass over the training set; `x` is the output of the first `num_cached` units."""
+    settings = task.settings
+    y = task.train[1]
+    order = torch.randperm(len(x), generator=shuffle_rng, device="cpu").to(x.device)
+    for indices in order.split(settings.batch_size):
+        inputs = prepare_batch(net, x[indices], num_cached)
+        if settings.augment is not None:
+            inputs = settings.augment(inputs)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=settings.bfloat16):
+            logits = net[num_cached:](inputs)  # (B, classes)
+        if settings.bfloat16:
+            logits = logits.float()
+        loss = settings.loss(logits, y[indices])
+        if not loss.requires_grad:
+            continue  # the tuned unit skipped this batch (stochastic depth)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
-@dataclass(eq=False)
-class Task:
-    """N, D_train and D_val: what every algorithm is given, and what its networks have in common.
+def _copy_units(net: nn.Sequential, unit_numbers: Iterable[int]) -> nn.Sequential:
+    """`net` with copies of these units; the other units are shared.
 
-    Functions that are given the same task share N's frozen units (`net`), what these make of both
-    sets (`outputs`), and the networks tuned so far (`results`), which are not tuned again.
-    `report` gets a line of text after each validation.
+    Each unit is copied by itself: a dropout layer that a tuned unit has in common with a frozen one
+    must be active in the tuned unit only.
     """
+    copied = net[:]
+    for number in unit_numbers:
+        copied[number - 1] = copy.deepcopy(net[number - 1])
+    return copied
 
-    net: nn.Sequential  # here a copy: frozen, in evaluation mode, on the device
-    train: tuple[torch.Tensor, torch.Tensor]  # (x, y)
-    val: tuple[torch.Tensor, torch.Tensor]
-    settings: Settings = Settings()
-    report: Callable[[str], None] = lambda text: None
+
+def _set_train_mode(tuned: nn.Module, batch_statistics: bool) -> None:
+    """Training mode, except for BatchNorm and InstanceNorm unless they may use batch statistics."""
+    tuned.train()
+    for module in tuned.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):  # BatchNorm and InstanceNorm
+            module.train(batch_statistics)
+
+
+# ---------------------------------------------------------------- the task
+
+
+class Task:
+    """What every algorithm is given: the source network N, D_train, D_val and the settings.
+
+    Algorithms that get the same task share its frozen units, their cached outputs, and the networks
+    fine-tuned so far. A task is fixed: for other data or settings, make another one. The data is
+    not copied if it is on the device already, so do not change it as long as the task is in use.
+
+    Args:
+        net: The source network, an nn.Sequential of units. It is copied.
+        train, val: (x, y) each; see the top of this file for shapes and dtypes.
+        settings: How to train.
+        report: Called with a line of text after every validation, e.g. `print`.
+
+    Attributes:
+        net: A copy of the source network on the device, in evaluation mode and frozen.
+        train, val: The data, on the device.
+        source_accuracy: Top-k accuracy of the source network on D_val.
+        results: The networks fine-tuned so far, by (unit numbers, epochs). They stay in memory;
+            `results.clear()` frees it.
+
+    Raises ValueError if the network or the data is not as described, or if units cannot be frozen
+    because their output is random or depends on the other images of a batch. What the network
+    itself raises for the data is passed on.
+    """
 
     @torch.no_grad()
-    def __post_init__(self):
-        candidates(self.net)
-        given, self.net, sets = self.net, nn.Sequential(), (self.train, self.val)
-        with _refused("train and val: x must be uint8, float or int64 of one size, y int64 [N]"):
-            for x, y in sets:
-                good = x.dtype in (torch.uint8, torch.int64) or x.is_floating_point()
-                good &= y.dtype == torch.int64 and y.dim() == 1 and len(y) > 0
-                good &= x.shape == (len(y), *self.train[0].shape[1:])
-                if not good:
-                    raise ValueError(f"x is {x.dtype} {[*x.shape]}, y {y.dtype} {[*y.shape]}")
-                if not x.isfinite().all():
-                    raise ValueError("x has NaN or infinite values")
-        device = self.settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        with _refused(f"device {device}"):
-            self.like = next(given.parameters()).to(device)  # the network's device and precision
-        self.train, self.val = ([tensor.detach().to(device) for tensor in data] for data in sets)
+    def __init__(
+        self,
+        net: nn.Sequential,
+        train: tuple[torch.Tensor, torch.Tensor],
+        val: tuple[torch.Tensor, torch.Tensor],
+        settings: Settings = Settings(),
+        report: Callable[[str], None] | None = None,
+    ):
+        check_units(net)
+        _check_data("train", train)
+        _check_data("val", val)
+        if train[0].dtype != val[0].dtype or train[0].shape[1:] != val[0].shape[1:]:
+            raise ValueError(
+                "x of train and val must have the same dtype and the same shape [N, ...]"
+            )
+        default_device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(settings.device or default_device)
+        whole_net = copy.deepcopy(net).to(device).eval().requires_grad_(False)
+        self.net = _copy_units(whole_net, range(1, len(net) + 1))
+        self.train = (train[0].detach().to(device), train[1].to(device))
+        self.val = (val[0].detach().to(device), val[1].to(device))
+        self.settings = settings
+        self.report = report
         self.results: dict[tuple, Result] = {}
-        self._outputs, self._kept = (0, self.train[0], self.val[0]), [0]
-        labels, x = torch.cat([self.train[1], self.val[1]]), self.train[0]
-        most = self.settings.cache_bytes / len(labels)  # bytes of a unit's output for one image
-        one, two = self.enter(x[:1]), self.enter(x[[0, -1]])
-        for number, (name, unit) in enumerate(given._modules.items(), 1):
-            with _refused(f"unit {label(given, number)}"):
-                # Each by itself: two units may share a dropout layer, which is on in one alone.
-                unit = copy.deepcopy(unit).to(device).eval().requires_grad_(False)
-                self.net.add_module(name, unit)
-                two, *again = (unit(copy.deepcopy(two)) for _ in range(8))
-                same = (two.nan_to_num().equal(other.nan_to_num()) for other in again)
-                if torch.is_tensor(two) and not all(same):
-                    raise ValueError("random in evaluation mode: frozen, it would run once")
-                with contextlib.suppress(Exception):  # some units take no single image
-                    one = unit(one)
-                    if (len(one), len(two)) == (1, 2) and one.nbytes <= most:
-                        self._kept.append(number)
-        with _refused("the network must give logits [N, classes]"):
-            classes = two.shape[1]
-        if not 0 <= labels.min() <= labels.max() < classes or self.settings.top_k > classes:
-            raise ValueError(f"labels and top_k must fit the network's {classes} classes")
-        with _refused("the validation images"):
-            self.source_accuracy = self.accuracy(self.net)
+        self._check_outputs(whole_net)
+        self._cacheable = self._find_cacheable()
+        self._cache = {"train": (0, self.train[0]), "val": (0, self.val[0])}
+        self.source_accuracy = self.accuracy(self.net)
 
-    def numbers(self, units: int | str | Iterable) -> tuple[int, ...]:
-        """Units, by number or name or "all", as sorted numbers."""
-        every, can = range(1, len(self.net) + 1), candidates(self.net)
-        known = {label(self.net, n).partition(" ")[2]: n for n in every} | {n: n for n in every}
-        wanted = every if units == "all" else units
-        several = isinstance(wanted, Iterable) and not isinstance(wanted, str)
-        numbers = {known.get(unit) for unit in (wanted if several else [wanted])}
-        if None in numbers or not numbers & {*can}:
-            raise ValueError(f"{units}: the units to tune are {[label(self.net, n) for n in can]}")
+    def __setattr__(self, name, value):
+        """Refuse to assign an attribute anew: results and caches depend on what it was before."""
+        if name in vars(self):
+            raise AttributeError(f"a task is fixed: make another one with another {name}")
+        super().__setattr__(name, value)
+
+    def _check_outputs(self, whole_net: nn.Sequential) -> None:
+        """Refuse networks for which copying, caching or batching would change the result.
+
+        `whole_net` is a copy of the given network; in `self.net` each unit is copied by itself.
+        """
+        pair = prepare_batch(self.net, self.val[0][[0, -1]])
+        logits = self.net(pair.clone())
+        if not torch.is_tensor(logits) or logits.dim() != 2 or len(logits) != 2:
+            raise ValueError("the network must return logits [N, classes]")
+
+        num_classes = logits.shape[1]
+        for name, (_, y) in (("train", self.train), ("val", self.val)):
+            if y.min() < 0 or y.max() >= num_classes:
+                raise ValueError(
+                    f"{name}: labels must be from 0 to {num_classes - 1}, the network's classes, "
+                    f"not from {y.min()} to {y.max()}"
+                )
+        if self.settings.top_k > num_classes:
+            raise ValueError(f"top_k is {self.settings.top_k}, but there are {num_classes} classes")
+
+        logits = logits.nan_to_num()
+        of_whole_net = whole_net(pair.clone()).nan_to_num()
+        of_single_image = self.net(pair[:1].clone()).nan_to_num()
+        tolerance = 1e-3 * logits.abs().max().item() + 1e-6
+        if (of_whole_net - logits).abs().max() > tolerance:
+            raise ValueError(
+                "units cannot be frozen: the network is random in evaluation mode, or its units "
+                "exchange data in another way than by their inputs and outputs"
+            )
+        if (of_single_image - logits[:1]).abs().max() > tolerance:
+            raise ValueError(
+                "units cannot be frozen: the output for an image depends on the others in its batch"
+            )
+
+    def _find_cacheable(self) -> list[int]:
+        """All n for which the output of the first n units is a tensor [N, ...] that may be cached.
+
+        `cache_bytes` has to suffice for the output on both sets. n = 0, the images, always counts.
+        """
+        num_images = len(self.train[0]) + len(self.val[0])
+        cacheable = [0]
+        pair = prepare_batch(self.net, self.val[0][[0, -1]])
+        single = pair[:1].clone()
+        for number, unit in enumerate(self.net, start=1):
+            pair = unit(pair)
+            single = unit(single)
+            if not torch.is_tensor(pair) or pair.shape[:1] != (2,) or single.shape[:1] != (1,):
+                continue
+            if single.nbytes * num_images <= self.settings.cache_bytes:
+                cacheable.append(number)
+        return cacheable
+
+    def unit_numbers(self, units: int | str | Iterable) -> tuple[int, ...]:
+        """Numbers of units given as a number, a name, several of these, or "all"."""
+        if hasattr(units, "tolist"):  # a tensor or an array
+            units = units.tolist()
+        if isinstance(units, (int, str)):
+            units = [units]
+        if units == ["all"]:
+            return tuple(range(1, len(self.net) + 1))
+        known = {number: number for number in range(1, len(self.net) + 1)}
+        known.update({name: number for number, name in unit_names(self.net).items()})
+        numbers = set()
+        for unit in units:
+            if unit not in known:
+                trainable = [label(self.net, number) for number in candidates(self.net)]
+                raise ValueError(
+                    f"there is no unit {unit!r}; units to tune: {', '.join(trainable)}"
+                )
+            numbers.add(known[unit])
+        if not numbers & set(candidates(self.net)):
+            raise ValueError(f"unit {label(self.net, *sorted(numbers))} has no parameters to tune")
         return tuple(sorted(numbers))
 
-    def outputs(self, most: int) -> tuple[int, torch.Tensor, torch.Tensor]:
-        """(n, x_train, x_val): both sets after N's lowest n units; after none, the images.
-
-        Frozen units give the same in every epoch, so they run once. n is the largest number up to
-        `most` whose outputs can be kept. The units above it run again for every batch.
-        """
-        n = max(n for n in self._kept if n <= most)
-        done, *sets = self._outputs if self._outputs[0] <= n else (0, self.train[0], self.val[0])
-        if done < n:
-            sets = [self.run(self.net[:n], x, done) for x in sets]
-            self._outputs = n, *sets
-        return n, *sets
-
-    def right(self, net: nn.Sequential, shared: int = 0) -> torch.Tensor:
-        """Is each image of D_val right? bool [N]. The `shared` lowest units of `net` are N's.
-
-        Of equal logits the first counts as larger, as for `argmax`. NaN are never right.
-        """
-        n, _, x = self.outputs(shared)
-        logits = self.run(net, x, n)  # (N, classes)
-        largest = logits.argsort(dim=1, descending=True, stable=True)[:, : self.settings.top_k]
-        return (largest == self.val[1][:, None]).any(1) & ~logits.isnan().any(1)
-
-    def accuracy(self, net: nn.Sequential, shared: int = 0) -> float:
-        """Top-k accuracy of `net` on D_val, in [0, 1]. Its `shared` lowest units are N's."""
-        return self.right(net, shared).double().mean().item()
-
     @torch.no_grad()
-    def run(self, net: nn.Sequential, x: torch.Tensor, n: int = 0) -> torch.Tensor:
-        """The output of `net` for all of x, which is past its lowest n units, about 128 at once."""
-        parts = x.tensor_split(math.ceil(len(x) / 128))  # of one image only if there is one
-        return torch.cat([net[n:](self.enter(part, n)) for part in parts])
+    def cached_outputs(self, dataset: str, num_frozen: int) -> tuple[int, torch.Tensor]:
+        """Outputs of the lowest units on "train" or "val", computed once and kept.
 
-    def enter(self, x: torch.Tensor, n: int = 0) -> torch.Tensor:
-        """A copy of a batch, which is past n units, for the next one, which may overwrite it.
-
-        Images get the network's precision, uint8 as x / 255. Tokens, and what units hand on, stay.
+        Returns (num_cached, outputs), with the largest num_cached <= num_frozen that may be cached.
+        Frozen units above it run again in every batch.
         """
-        if n or x.dtype == torch.int64:
-            return x.to(self.like.device, copy=True)
-        batch = x.to(self.like, copy=True)
-        return batch.div_(255) if x.dtype == torch.uint8 else batch
+        target = max(number for number in self._cacheable if number <= num_frozen)
+        num_cached, outputs = self._cache[dataset]
+        if num_cached > target:  # the cache is past the units asked for: start from the images
+            num_cached = 0
+            outputs = self.train[0] if dataset == "train" else self.val[0]
+        if num_cached < target:
+            outputs = run_units(self.net, outputs, num_cached, target)
+        self._cache[dataset] = (target, outputs)
+        return target, outputs
+
+    def accuracy(self, net: nn.Sequential, num_frozen: int = 0) -> float:
+        """Top-k accuracy of `net` on D_val. Its lowest `num_frozen` units are those of the task."""
+        return self.correct(net, num_frozen).double().mean().item()
+
+    def correct(self, net: nn.Sequential, num_frozen: int = 0) -> torch.Tensor:
+        """Whether each validation image is classified correctly, bool [N]. See `accuracy`."""
+        num_cached, x = self.cached_outputs("val", num_frozen)
+        logits = run_units(net, x, num_cached)
+        return is_correct(logits, self.val[1], self.settings.top_k)
 
 
-def accuracy(net: nn.Sequential, data: tuple, settings: Settings = Settings()) -> float:
-    """Top-k accuracy of `net`, in evaluation mode, on `data`: in [0, 1]."""
-    return Task(net, tuple(part[:2] for part in data), data, settings).source_accuracy
+# ---------------------------------------------------------------- evaluation
+
+EVAL_BATCH_SIZE = 128
 
 
-def label(net: nn.Sequential, *units: int | str) -> str:
-    """Units for a reader, by number and, where they have one, by name: "8 layer4.0"."""
-    if units == ("all",) or len(units) == len(net) > 1:
-        return "all"
-    names = ["" if name.isdigit() else f" {name.replace('/', '.')}" for name in net._modules]
-    return ", ".join(f"{unit}{names[unit - 1]}" for unit in units)
-
-
-@contextlib.contextmanager
-def _refused(what: str):
-    """Whatever goes wrong is a ValueError of one line that begins with `what`."""
-    try:
-        yield
-    except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(f"{what}: {reason}") from error
-
-
-# ---------------------------------------------------------------- any model as units
-
-
-def split(model: nn.Module, x: torch.Tensor, units: int | str | Iterable[str] = 1) -> nn.Sequential:
-    """`model` as an `nn.Sequential` of units that shares its weights, found by running it on x.
-
-    It is cut where one tensor passes. Modules stay whole but for `nn.Sequential`s, module lists,
-    those that `units` names, and, where it is a number, the largest until there are so many units.
-    What has no weight matrix, like a norm, joins the unit before. Of a dictionary or tuple the
-    logits are taken.
-    Raises ValueError unless the units give what the model gives, to the bit: in evaluation mode on
-    x [N, ...] and x[:1], and in training mode on x.
-    """
-    opened = {units} if isinstance(units, str) else set() if isinstance(units, int) else {*units}
-    sizes = {name: sum(w.numel() for w in m.parameters()) for name, m in model.named_modules()}
-    if unknown := opened - {*sizes}:
-        raise ValueError(f"the model has no modules of these names: {', '.join(unknown)}")
-    with _refused("cannot split (write the nn.Sequential, assert torch.equal(net(x), model(x)))"):
-        net = _cut(model, x, opened)
-    for name in sorted(sizes, key=sizes.get, reverse=True)[1:] if isinstance(units, int) else ():
-        if len(net) < units and sizes[name] * units > sizes[""]:  # it is larger than its share
-            with contextlib.suppress(Exception):
-                more = _cut(model, x, opened | {name})
-                if len(more) > len(net):
-                    net, opened = more, opened | {name}
-    return net
-
-
-def original(net: nn.Sequential, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state of `model` with the weights of `net`, which was split from it, by its own names."""
-    state = model.state_dict()
-    state.update({name.split(".body.", 1)[1]: w for name, w in net.state_dict().items()})
-    return state
+def accuracy(net: nn.Sequential, data: tuple[torch.Tensor, torch.Tensor], top_k: int = 1) -> float:
+    """Top-k accuracy of `net` on any data (x, y), e.g. the test set, between 0 and 1."""
+    _check_data("data", data)
+    x, y = data
+    logits = run_units(copy.deepcopy(net), x)
+    return is_correct(logits, y.to(logits.device), top_k).double().mean().item()
 
 
 @torch.no_grad()
-def _cut(model: nn.Module, x: torch.Tensor, opened: set[str]) -> nn.Sequential:
-    """`split` with these modules opened. Raises whatever goes wrong."""
-    calls, twin, parts = [], copy.deepcopy(model).eval(), {}  # parts: the modules that stay whole
-    lists = nn.Sequential, nn.ModuleList, nn.ModuleDict
-    for name, module in model.named_modules():
-        opens = type(module) in lists or any(f"{one}.".startswith(f"{name}.") for one in opened)
-        if name and not opens and not any(name.startswith(f"{part}.") for part in parts):
-            parts[name] = module
-            record = partial(lambda name, _, *call: calls.append((name, *call)), name)
-            twin.get_submodule(name).register_forward_hook(record, with_kwargs=True)
-    logits, names = _tensor(twin(x)), [name for name, *_ in calls]
-    weights = [{*parts[name].parameters()} for name in names]
-    matrix = [any(weight.dim() > 1 for weight in some) for some in weights]
-    outs = {name: out for name, *_, out in calls} | {"": x}
-    outs = tree_map_only(torch.Tensor, lambda v: v.to("meta"), outs)
-    unit, starts = partial(_Unit, model, parts, outs), [0]
-    for place, (name, *given, _) in enumerate(calls):
-        shared = set().union(*weights[:place]) & set().union(*weights[place:])
-        if any(matrix[:place]) and matrix[place] and not shared:
-            with contextlib.suppress(Exception):
-                rest = copy.deepcopy(unit(names[place:], name)).eval()
-                if torch.equal(rest(_tensor(given)), logits):
-                    starts.append(place)
-    net = nn.Sequential()
-    for start, end in zip(starts, [*starts[1:], len(names)]):
-        title = names[matrix.index(True, start)].replace(".", "/")
-        net.add_module(title, unit(names[start:end], names[start] if start else ""))
-    for images, training in ((x, False), (x[:1], False), (x, True)):
-        given = []
-        for one in (model, net):
-            with torch.random.fork_rng(range(torch.cuda.device_count())):
-                torch.manual_seed(0)
-                given.append(_tensor(copy.deepcopy(one).train(training)(images)))
-        if not torch.equal(*given):
-            raise ValueError(f"the units differ for {len(images)} images, {training=}")
-    return net
+def run_units(
+    net: nn.Sequential, x: torch.Tensor, start: int = 0, stop: int | None = None
+) -> torch.Tensor:
+    """The output of net[start:stop], in evaluation mode and in batches of equal size.
 
-
-def _tensor(value) -> torch.Tensor:
-    """The logits that a model gives, or the first tensor that a module is called with."""
-    value = value["logits"] if isinstance(value, dict) else value
-    return next(leaf for leaf in tree_iter(value) if torch.is_tensor(leaf))
-
-
-class _End(BaseException):
-    """The end of a unit, with what it hands on."""
-
-
-class _Unit(nn.Module):
-    """The model's `forward` from the call of a module, `start`, to that of one of the next unit.
-
-    In the place of other units' modules are stubs. They give NaN until `start` is called. After
-    that the call of one ends the unit.
+    `x` is the output of the units before, net[:start], or the images if start is 0.
     """
+    net.eval()
+    # Equal sizes, so that no batch is a single image at the end.
+    batches = x.tensor_split(math.ceil(len(x) / EVAL_BATCH_SIZE))
+    return torch.cat([net[start:stop](prepare_batch(net, batch, start)) for batch in batches])
 
-    def __init__(self, model, parts, outs, own, start):
-        super().__init__()
-        self.outs, self.start = outs, start
-        kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        for name, part in parts.items():
-            stub = nn.Module()
-            stub.forward = partial(self.stub, name)
-            kept[id(part)] = part if name in own or not part.state_dict() else stub
-        self.body = copy.deepcopy(model, kept)
-        inside = {weight for part in parts.values() for weight in part.parameters()}
-        for module in self.body.modules() if start else ():  # other weights are the first unit's
-            for name, weight in [*module.named_parameters(recurse=False)]:
-                if weight not in inside:
-                    delattr(module, name)
-                    module.register_buffer(name, weight.detach() * math.nan, persistent=False)
 
-    def forward(self, x):
-        self.rows, self.device, self.begun = len(x), x.device, False
-        start, before = self.body.get_submodule(self.start), contextlib.ExitStack()
-        before.enter_context(torch.random.fork_rng([x.device] if x.is_cuda else []))
-        begin = partial(self.begin, x, before)
-        try:
-            with before, start.register_forward_pre_hook(begin, with_kwargs=True, prepend=True):
-                return _tensor(self.body(self.stub("")))
-        except _End as end:
-            return end.args[0]
+def prepare_batch(net: nn.Sequential, x: torch.Tensor, start: int = 0) -> torch.Tensor:
+    """Copy a batch for net[start:], which may change it in place.
 
-    def begin(self, x, before, _, *given):
-        """From here on all is real: the tensor given, and random numbers."""
-        before.close()
-        self.begun, first = True, _tensor(given)
-        return tree_map(lambda v: x if v is first else v, given)
+    Images and features (start = 0) get the dtype of the network's weights, and uint8 is scaled to
+    [0, 1]. Tokens and what one unit passes to the next stay what they are.
+    """
+    weight = next(net.parameters())
+    if start > 0 or x.dtype == torch.int64:
+        return x.to(weight.device, copy=True)
+    batch = x.to(weight.device, weight.dtype, copy=True)
+    return batch.div_(255) if x.dtype == torch.uint8 else batch
 
-    def stub(self, name, *given, **named):
-        if self.begun:
-            raise _End(_tensor((given, named)))
-        return tree_map_only(torch.Tensor, self.nothing, self.outs[name])
 
-    def nothing(self, v):
-        """NaN or 0 in the shape of v, with a row for each image."""
-        shape = (self.rows, *v.shape[1:]) if v.shape[:1] == self.outs[""].shape[:1] else v.shape
-        value = math.nan if v.is_floating_point() else 0
-        return torch.full(shape, value, dtype=v.dtype, device=self.device)
+def is_correct(logits: torch.Tensor, y: torch.Tensor, top_k: int = 1) -> torch.Tensor:
+    """Whether each label [N] is among the k largest of its logits [N, classes]: bool [N].
+
+    Among equal logits the lower class counts as larger. A row with NaN is never correct.
+    `torch.topk` promises neither.
+    """
+    y = y[:, None]  # (N, 1)
+    label_logit = logits.gather(1, y)  # (N, 1)
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    is_tied_before = (logits == label_logit) & (classes < y)  # (N, classes)
+    num_larger = ((logits > label_logit) | is_tied_before).sum(1)
+    return (num_larger < top_k) & ~logits.isnan().any(1)
+
+
+# ---------------------------------------------------------------- checks and names
+
+
+def check_units(net: nn.Sequential) -> None:
+    """Raise ValueError unless `net` is a plain nn.Sequential of separate units with parameters."""
+    if not isinstance(net, nn.Sequential) or type(net).forward is not nn.Sequential.forward:
+        raise ValueError("the network must be an nn.Sequential whose children are the units")
+    if net._parameters or net._buffers or net._forward_hooks or net._forward_pre_hooks:
+        raise ValueError("the nn.Sequential itself must have no parameters, buffers or hooks")
+    if not candidates(net):
+        raise ValueError("no unit has parameters")
+    for weight in net.parameters():
+        if weight.dtype not in (torch.float32, torch.float64):
+            raise ValueError("the weights must be float32 or float64; for bfloat16 see Settings")
+
+    owner = {}  # unit number by address of the weight: tied weights may be views of each other
+    for number, unit in enumerate(net, start=1):
+        for name, weight in unit.named_parameters():
+            if weight.numel() == 0:
+                continue  # has no address
+            other = owner.setdefault(weight.data_ptr(), number)
+            if other != number:
+                raise ValueError(f"units {other} and {number} share {name}: make them one unit")
+
+
+def _check_data(name: str, data: tuple) -> None:
+    """Raise ValueError unless `data` is a pair (x, y) of the documented shapes and dtypes."""
+    is_pair = isinstance(data, (tuple, list)) and len(data) == 2
+    if not is_pair or not torch.is_tensor(data[0]) or not torch.is_tensor(data[1]):
+        raise ValueError(f"{name} must be a tuple of two tensors (x, y)")
+    x, y = data
+    if x.dtype not in (torch.uint8, torch.int64) and not x.is_floating_point():
+        raise ValueError(f"{name}: x must be uint8, float or int64, not {x.dtype}")
+    if x.dim() == 0 or len(x) == 0:
+        raise ValueError(f"{name} is empty")
+    if y.dtype != torch.int64 or y.shape != (len(x),):
+        raise ValueError(f"{name}: y must be int64 [{len(x)}], not {y.dtype} {[*y.shape]}")
+    if not x.isfinite().all():
+        raise ValueError(f"{name}: x has NaN or infinite values")
+
+
+def unit_names(net: nn.Sequential) -> dict[int, str]:
+    """The names of the units that have one, by number. nn.Sequential's own are just numbers.
+
+    "/" in a name stands for ".", which PyTorch does not allow in the name of a module.
+    """
+    names = {}
+    for number, name in enumerate(net._modules, start=1):
+        if not name.isdigit():
+            names[number] = name.replace("/", ".")
+    return names
+
+
+def label(net: nn.Sequential, *units: int | str) -> str:
+    """Units as text, by number and, if they have one, by name: "8 layer4.0"."""
+    if units == ("all",) or len(units) == len(net) > 1:
+        return "all"
+    names = unit_names(net)
+    return ", ".join(f"{unit} {names[unit]}" if unit in names else str(unit) for unit in units)

@@ -22,6 +22,7 @@ import math
 import os
 import re
 import runpy
+import shutil
 import statistics
 import sys
 import tempfile
@@ -226,7 +227,8 @@ def image_to_image(target: str) -> type[nn.Module]:
 def flex_i2i(task: Task, target: str) -> Selection:
     """Algorithm 1 with one more candidate, 0: a unit before N, and nothing else tuned (5.4)."""
     unit = seeded(partial(image_to_image(target), task.train[0].shape[1]), task.settings.seed)
-    before = flextune.fine_tune(replace(task, net=nn.Sequential(unit, *task.net)), 1)
+    net = nn.Sequential(unit, *task.net)
+    before = flextune.fine_tune(Task(net, task.train, task.val, task.settings, task.report), 1)
     tuned = flextune.flex(task).tuned | {0: replace(before, units=(0,))}
     best = max(tuned, key=lambda unit: tuned[unit].accuracy)  # of equals, a part of N
     return Selection(chosen=best, best=best, tuned=tuned)
@@ -234,8 +236,16 @@ def flex_i2i(task: Task, target: str) -> Selection:
 
 def source(task: Task) -> Result:
     """The source network as it is."""
-    a = task.source_accuracy
-    return Result(task.net, units=(), accuracy=a, epochs=0, seconds=0, history=[(0, a)], trained=0)
+    return Result(
+        net=task.net,
+        units=(),
+        accuracy=task.source_accuracy,
+        best_epoch=0,
+        epochs=0,
+        seconds=0,
+        history=[(0, task.source_accuracy)],
+        num_trained=0,
+    )
 
 
 METHODS = {
@@ -250,29 +260,52 @@ METHODS = {
 }
 
 
-def retrieval(task: Task, tuned, gallery: shifts.Data, queries: shifts.Data, k: int = 10) -> float:
-    """Mean AP@k over target `queries`, seen by `tuned`, in a source `gallery`, seen by N.
+def retrieval(
+    source_net: nn.Sequential,
+    tuned_net: nn.Sequential,
+    gallery: shifts.Data,
+    queries: shifts.Data,
+    k: int = 10,
+) -> float:
+    """Mean AP@k of target `queries`, as `tuned_net` sees them, in a `gallery` of source images.
 
-    Of a query's k nearest images (Euclidean distance of `features`, the first of equals) those of
-    its class are relevant. AP@k is the sum of P(i) over the places i of relevant images / min(k, R)
-    with P(i) the share of relevant images among the nearest i, and R the number of relevant images
-    in the gallery; 0 where there are none. Gallery labels may be negative: no query's class.
+    Of a query's k nearest images (Euclidean distance of `features`; ties go to the first) those of
+    its class are relevant. AP@k is the sum of P(i) over the ranks i of relevant images / min(k, R),
+    where P(i) is the share of relevant images among the nearest i, and R the number of relevant
+    images in the gallery; 0 if there are none. Gallery labels may be negative: no query's class.
     """
-    there, labels, total = features(task, task.net, gallery[0]), gallery[1], 0.0
-    for query, y in zip(features(task, tuned, queries[0]).split(256), queries[1].split(256)):
-        distance = torch.cdist(query, there, compute_mode="donot_use_mm_for_euclid_dist")
+    gallery_features = features(source_net, gallery[0])  # (G, D)
+    gallery_labels = gallery[1]
+    query_features = features(tuned_net, queries[0])  # (N, D)
+    total = 0.0
+    for query, y in zip(query_features.split(256), queries[1].split(256)):
+        exact = "donot_use_mm_for_euclid_dist"
+        distance = torch.cdist(query, gallery_features, compute_mode=exact)  # (B, G)
         nearest = distance.sort(stable=True).indices[:, :k].cpu()  # (B, k)
-        relevant = (labels[nearest] == y[:, None]).double()
-        precision = relevant.cumsum(1) / torch.arange(1, relevant.shape[1] + 1)
-        most = (labels == y[:, None]).sum(1).clamp(1, k)  # min(k, R)
-        total += ((precision * relevant).sum(1) / most).sum().item()
+        relevant = (gallery_labels[nearest] == y[:, None]).double()  # (B, k)
+        precision = relevant.cumsum(1) / torch.arange(1, relevant.shape[1] + 1)  # (B, k)
+        num_relevant = (gallery_labels == y[:, None]).sum(1)  # (B)
+        total += ((precision * relevant).sum(1) / num_relevant.clamp(1, k)).sum().item()
     return total / len(queries[1])
 
 
-def features(task: Task, net: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+def features(net: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
     """The input of the last unit, a map averaged over its pixels: [N, D]."""
-    out = task.run(net[:-1], x)
-    return out.mean((2, 3)) if out.dim() == 4 else out.flatten(1)
+    outputs = flextune.run_units(net, x, stop=-1)
+    if outputs.dim() == 4:
+        return outputs.mean((2, 3))
+    return outputs.flatten(1)
+
+
+def print_progress(text: str) -> None:
+    """Print a line of progress to stderr. On a terminal it replaces the one before."""
+    if sys.stderr is None:  # it is closed
+        return
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns
+        print(f"\r{text[: width - 1]}\x1b[K", end="", file=sys.stderr, flush=True)
+    elif text:
+        print(text, file=sys.stderr, flush=True)
 
 
 # Under torchrun every rank runs this program. The ranks take the work piece by piece from counters
@@ -330,7 +363,7 @@ class Progress:
         left = (now - self.start) * (sum(self.costs) / done - 1) / 60 if done else 0
         line = ", ".join(filter(None, [self.title, text]))
         if not RANK and stream and (stream.isatty() or now - self.printed > 10):
-            flextune.show(line + (f"; all: about {left:.0f} min" if left else ""))
+            print_progress(line + (f"; all: about {left:.0f} min" if left else ""))
             self.printed = now
 
 
@@ -366,12 +399,13 @@ class Run:
         key = md5(as_row(self.settings), self.family.protocol(self.ratio), *self.family.code)[:8]
         return out / f"{'_'.join(map(str, self.head(method).values()))}_{key}.json"
 
-    def task(self, net: nn.Sequential, domain) -> Task:
+    def task(self, net: nn.Sequential, domain, report: Callable | None = None) -> Task:
         """The draw of training images, validated as often as the family's protocol says."""
         (_, _, steps), seed = self.family.protocol(self.ratio), self.settings.seed
         train = shifts.subsample(domain["pool"], self.ratio, self.family.ratios[-1], seed)
         epochs = max(1, round(steps / math.ceil(len(train[1]) / self.settings.batch_size)))
-        return Task(net, train, domain["val"], replace(self.settings, check_every=epochs))
+        settings = replace(self.settings, check_every=epochs)
+        return Task(net, train, domain["val"], settings, report)
 
     def cost(self) -> float:
         """About how long it takes, for the time left: only the proportions of runs matter."""
@@ -427,11 +461,16 @@ def execute(run: Run, net: nn.Sequential, domain, images, args, progress: Callab
 
     `images` gives a source's validation images.
     """
-    task, test = run.task(net, domain), domain["test"]
-    share = 1 / (len(net) + 6)  # of a training, about
-    task.report = lambda text: progress(len(task.results) * share, f"{method}, {text}")
+
+    def report(text: str) -> None:
+        """Called in the loop below: `task` and `method` are those of the present training."""
+        num_trainings = len(net) + 6  # of all methods together, about
+        progress(len(task.results) / num_trainings, f"{method}, {text}")
+
+    task = run.task(net, domain, report)
+    test = domain["test"]
     methods = METHODS | {"flex-i2i": partial(flex_i2i, target=run.pair[1])}
-    accuracy = cache(replace(task, val=test).accuracy)
+    accuracy = cache(partial(flextune.accuracy, data=test, top_k=run.settings.top_k))
 
     def record(result: Result) -> dict:
         row = {"val": result.accuracy, "test": accuracy(result.net)} | vars(result)
@@ -444,9 +483,12 @@ def execute(run: Run, net: nn.Sequential, domain, images, args, progress: Callab
         row["names"] = [flextune.label(net, unit) for unit in range(1, len(net) + 1)]
         row |= record(result)
         if isinstance(choice, Selection):
+            trainings = list(choice.tuned.values())
+            if choice.one_epoch:
+                trainings.append(choice.one_epoch)
             row |= {
-                "epochs": sum(one.epochs for one in choice.tuned.values()),
-                "seconds": sum(one.seconds for one in choice.tuned.values()),
+                "epochs": sum(training.epochs for training in trainings),
+                "seconds": sum(training.seconds for training in trainings),
                 "chosen": str(choice.chosen),
                 "best": str(choice.best),
                 "tied": [str(unit) for unit in choice.tied],
@@ -460,7 +502,7 @@ def execute(run: Run, net: nn.Sequential, domain, images, args, progress: Callab
         if method in run.searched:
             x, y = images(run.pair[0], run.root)
             gallery = x, gallery_labels(run.pair, run.root, y)
-            row["retrieval"] = retrieval(task, result.net, gallery, test)
+            row["retrieval"] = retrieval(task.net, result.net, gallery, test)
         write(run.path(method, args.out), json.dumps(row | {"md5": md5(json.dumps(row))}).encode())
         if args.save and method == ("flex" if "flex" in run.methods else run.methods[-1]):
             write(args.save, saved(result.net.state_dict()))
@@ -501,9 +543,9 @@ def source_network(run: Run, args) -> nn.Sequential:
         task = Task(net, domain["source"], domain["val"], settings, partial(progress, 0))
         state = flextune.fine_tune(task, "all", family.epochs).net.cpu().state_dict()
         write(path, saved({"net": state, "md5": md5(*state, *state.values())}))
-        flextune.show("")
+        print_progress("")
     net.load_state_dict(state)
-    own = flextune.accuracy(net, domain["test"], settings)
+    own = flextune.accuracy(net, domain["test"], settings.top_k)
     print(f"{name}: {family.network} network, {own:.3f} on its own test images")
     return net
 
@@ -530,7 +572,7 @@ def literal(task: Task, units: list[int], epochs: int | None = None):
     tuned = nn.ModuleList(net[unit - 1] for unit in units).requires_grad_(True)
     optimizer = torch.optim.Adam(tuned.parameters(), lr=settings.lr)
     order, best, stale = torch.Generator().manual_seed(settings.seed), -1.0, 0
-    x, y = task.enter(task.train[0]), task.train[1]
+    x, y = flextune.prepare_batch(net, task.train[0]), task.train[1]
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         for epoch in range(1, last + 1):
@@ -642,7 +684,7 @@ def print_scenario(scenario: tuple, methods: dict[str, list[dict]]) -> None:
             best = ", ".join(numbered[str(unit)] for unit in order[:4])
             print(f"best proxies of {method} in the paper's supplement: {best}, ...")
     if flex := [row["certainty"] for row in methods.get("flex", ())]:
-        lead, error, bound = (average(flex, name) for name in ("lead", "error", "bound"))
+        lead, error, bound = (average(flex, name) for name in ("lead", "standard_error", "bound"))
         print(f"flex's choice leads the next by {lead:.3f} \u00b1 {error:.3f} on the", end=" ")
         print(f"validation set (there, with probability 95%, all are within {bound:.3f})")
         if ties := sum(len(row["tied"]) > 1 for row in methods["flex"]):
@@ -654,11 +696,10 @@ def print_units(rows: list[dict], candidates: dict[str, str], runs: int) -> None
     table = [["unit", "validation", "test", *(f"proxy ({m})" for m in PROXIES), "chosen by"]]
     proxies = [[row["proxies"] for row in rows if row["method"] == m] for m in PROXIES]
     for unit, name in candidates.items():
-        # Algorithm 3 tunes all units for a single epoch: that is not ft-all.
         tuned = {
             row["seed"]: row["candidates"][unit]
             for row in rows
-            if unit in row.get("candidates", ()) and (unit, row["method"]) != ("all", "faster-flex")
+            if unit in row.get("candidates", ())
         }
         found = [mean(tuned.values(), "val"), mean(tuned.values(), "test")]
         found += [mean(mine, unit) for mine in proxies]
@@ -868,11 +909,21 @@ def network(text: str) -> tuple[str, Callable[[], nn.Sequential], bytes]:
     file, _, function = text.rpartition(":")
     try:
         code, build = Path(file).read_bytes(), runpy.run_path(file)[function]
-        flextune.candidates(build())
+        flextune.check_units(build())
     except Exception as error:
         what = "must be FILE.py:FUNCTION, whose function gives an nn.Sequential of units"
         raise argparse.ArgumentTypeError(f"{what} ({error!r})") from error
     return f"{Path(file).stem}.{function}", build, code
+
+
+def device(text: str) -> str:
+    try:
+        name = torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError("must be cpu, cuda or cuda:N") from error
+    if name.type == "cuda" and (name.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"there is no {text} on this machine")
+    return text
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -898,7 +949,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--table", "default: 3, if no --target", nargs="+", type=int, choices=TABLES, default=[])
     add("--figures", "folder to draw the paper's figures in (needs matplotlib)", type=Path)
     add("--data", "folder of real data, or builtin; default: data/, else built-in", type=str)
-    add("--device", "cpu, cuda or cuda:N; default: CUDA where there is one", type=str)
+    add("--device", "cpu, cuda or cuda:N; default: CUDA where there is one", type=device)
     add("--out", "folder of the results; default: results", type=Path, default=Path("results"))
     add("--save", "train, and write the network of flex, or else the last method", type=Path)
     add("--list", "show all scenarios, and their data")
@@ -1001,7 +1052,7 @@ def runs_of(pair: tuple[str, str], root: Path | None, args) -> list[Run]:
 def missing(run: Run, args) -> tuple[str, ...]:
     """The methods of a run that have no result, or one without Table 4's figure."""
     rows = {m: read_row(run.path(m, args.out)) or {} for m in run.methods}
-    wanted = {m: "retrieval" if m in run.searched else "test" for m in run.methods}
+    wanted = {m: "retrieval" if m in run.searched else "num_trained" for m in run.methods}
     return tuple(m for m in run.methods if args.save or wanted[m] not in rows[m])
 
 
@@ -1036,7 +1087,7 @@ def run_scenarios(pairs: list[tuple[str, str]], args) -> None:
                 domain, loaded = None, (run.pair, run.root)  # one in memory at a time
                 domain = shifts.load(*run.pair, run.root, partial(progress, 0))
             execute(run, network(run.source()), domain, images, args, progress)
-    flextune.show("")
+    print_progress("")
     reached("finished")
     if RANK == 0:
         rows = [read_row(run.path(m, args.out)) for run in runs for m in run.methods]
@@ -1080,15 +1131,29 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         status, problem = 130, "interrupted; finished runs are in the folder of results"
     except (OSError, MemoryError, RuntimeError, ValueError) as error:
-        problem = f"error: {error}"
+        notes = getattr(error, "__notes__", [])  # which unit was tuned
+        message = " ".join(str(error).split())  # in one line
+        problem = ", ".join([f"error: {message}", *notes])
         if args and re.search("out ?of ?memory|allocate|MemoryError|a primitive", repr(error)):
             problem = f"error: out of memory: try less than --cache-gib {args.cache_gib}"
-        elif type(error) is RuntimeError:
+        elif type(error) is RuntimeError and not (args and args.network):
             raise
     if problem:
-        flextune.show("")
+        print_progress("")
         print(f"run_all.py: {problem}", file=sys.stderr)
+        flush_or_close_stdout()
         sys.exit(status)
+
+
+def flush_or_close_stdout() -> None:
+    """Write what was printed; what cannot be written is dropped.
+
+    Otherwise the interpreter would try again at its end and exit with another status.
+    """
+    try:
+        print(end="", flush=True)
+    except OSError:
+        sys.stdout = None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Tests of behaviour: the paper transcribed naively as oracle, known values, and invariants.
+"""Tests of what a user is promised: known values, invariants, and the paper as a naive program.
 
-They need no network and no data; the whole suite takes about two minutes on two cores.
+They need no network and no data, and the whole suite takes about two minutes on two cores. Floats
+are compared to the bit only where the same operation runs on the same shapes; results that have to
+agree beyond that are computed in float64, where rounding decides nothing.
 """
 
 import colorsys
@@ -14,8 +16,10 @@ import io
 import json
 import math
 import os
+import pickle
 import random
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -26,6 +30,7 @@ import time
 import types
 import zipfile
 import zlib
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
@@ -42,30 +47,26 @@ import flextune
 import models
 import run_all
 import shifts
-from flextune import Result, Settings, Task
+from flextune import Result, Selection, Settings, Task
 
 HERE = Path(__file__).parent
 FAST = Settings(lr=1e-2, batch_size=16, check_every=2, patience=3, max_epochs=40, device="cpu")
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
-torch.set_num_threads(1)  # more gain nothing with networks so small, and lose minutes on a busy CPU
+torch.set_num_threads(1)  # more do not help networks so small, and cost minutes on a busy machine
 
 # ---------------------------------------------------------------- a small problem
 
 
-def fine_tune(net, units, train, val, settings=FAST, epochs=None):
-    return flextune.fine_tune(Task(net, train, val, settings), units, epochs)
-
-
 def images(n, seed, shifted=False):
     """n uint8 images [n, 3, 8, 8] of 4 classes, a brighter quarter each; shifted: tinted, noisy."""
-    draw = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     y = torch.arange(n) % 4
-    x = torch.randint(0, 100, (n, 3, 8, 8), generator=draw)
-    for quarter, (row, column) in enumerate(((0, 0), (0, 4), (4, 0), (4, 4))):
-        x[y == quarter, :, row : row + 4, column : column + 4] += 60
+    x = torch.randint(0, 100, (n, 3, 8, 8), generator=generator)
+    for label, (row, column) in enumerate([(0, 0), (0, 4), (4, 0), (4, 4)]):
+        x[y == label, :, row : row + 4, column : column + 4] += 60
     if shifted:
         x = x // 3 + torch.tensor([120, 60, 0])[:, None, None]
-        x += torch.randint(-100, 100, x.shape, generator=draw)
+        x += torch.randint(-100, 100, x.shape, generator=generator)
     return x.clamp(0, 255).byte(), y
 
 
@@ -80,17 +81,21 @@ def small_net():
     )
 
 
+UNITS = {1: (1,), 2: (2,), 4: (4,), 5: (5,), "all": (1, 2, 3, 4, 5)}  # candidates of small_net
+
+
 @pytest.fixture(scope="module")
 def source():
     """A network pretrained on the unshifted images, with BatchNorm statistics of its own."""
     torch.manual_seed(0)
-    net, (x, y) = small_net(), images(200, seed=1)
+    net = small_net()
+    x, y = images(200, seed=1)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
     for _ in range(30):
         optimizer.zero_grad()
         cross_entropy(net(x / 255), y).backward()
         optimizer.step()
-    return net.train()  # as a user may hand it over
+    return net.train()  # a user may hand it over in training mode
 
 
 @pytest.fixture(scope="module")
@@ -103,90 +108,145 @@ def val():
     return images(100, seed=3, shifted=True)
 
 
-def same(a, b):
-    """Are two networks or units the same, bit for bit, buffers included?"""
-    a, b = a.state_dict(), b.state_dict()
+def in_float64(net, *datasets):
+    """The network and the images in float64, scaled to [0, 1]."""
+    scaled = [(x.double() / 255, y) for x, y in datasets]
+    return copy.deepcopy(net).double(), *scaled
+
+
+def tune(net, units, train, val, settings=FAST, epochs=None):
+    return flextune.fine_tune(Task(net, train, val, settings), units, epochs)
+
+
+def same_state(a, b):
+    """Whether two networks or units are the same, bit for bit, buffers included."""
+    a = a.state_dict()
+    b = b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-# ---------------------------------------------------------------- the oracle
+class Function(nn.Module):
+    """A unit with one parameter that applies function(unit, x)."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.gain = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return self.function(self, x)
 
 
-def naive_accuracy(net, data, k=1):
+def between_linear_units(*units, features=192, classes=4):
+    """A network of these units, with a linear unit before and after them."""
+    first = nn.Sequential(nn.Flatten(), nn.Linear(192, features))
+    return nn.Sequential(first, *units, nn.Linear(features, classes))
+
+
+# ---------------------------------------------------------------- selection
+
+
+def naive_accuracy(net, data, top_k=1):
+    x, y = data
+    if x.dtype == torch.uint8:
+        x = x / 255
     with torch.no_grad():
-        top = net.eval()(data[0] / 255).topk(k).indices
-    return (top == data[1][:, None]).any(1).double().mean().item()
+        predictions = net.eval()(x).topk(top_k).indices
+    return (predictions == y[:, None]).any(1).double().mean().item()
 
 
-def naive_proxies(net, tuned, val, k):
-    a = {}
+def naive_proxies(net, tuned, val, top_k):
+    accuracies = {}
     for unit in (1, 2, 4, 5):
         proxy = copy.deepcopy(net)
         proxy[unit - 1] = copy.deepcopy(tuned[unit - 1])
-        a[unit] = naive_accuracy(proxy, val, k)
-    return a
+        accuracies[unit] = naive_accuracy(proxy, val, top_k)
+    return accuracies
 
 
-def arg_max(a):
-    return next(key for key in a if a[key] == max(a.values()))
+def first_arg_max(accuracies):
+    highest = max(accuracies.values())
+    return next(unit for unit, accuracy in accuracies.items() if accuracy == highest)
 
 
-@pytest.mark.parametrize("seed, k", [(0, 1), (1, 1), (2, 2)])
-def test_the_three_algorithms_are_the_papers(source, train, val, seed, k):
-    """In float64, where the order in which numbers are summed decides nothing."""
-    net, settings = copy.deepcopy(source).double(), replace(FAST, seed=seed, top_k=k)
-    train, val = ((x.double(), y) for x, y in (train, val))
-    task = Task(net, (train[0] / 255, train[1]), (val[0] / 255, val[1]), settings)
-    units = {1: [1], 2: [2], 4: [4], 5: [5], "all": [1, 2, 3, 4, 5]}
-    naive = {name: run_all.literal(task, mine) for name, mine in units.items()}
-    a = {name: accuracy for name, (_, accuracy, _) in naive.items()}
+@pytest.mark.parametrize("seed, top_k", [(0, 1), (1, 1), (2, 2)])
+def test_algorithms_choose_what_a_naive_program_of_the_paper_chooses(
+    source, train, val, seed, top_k
+):
+    net, train, val = in_float64(source, train, val)
+    task = Task(net, train, val, replace(FAST, seed=seed, top_k=top_k))
+    naive = {unit: run_all.literal(task, list(numbers)) for unit, numbers in UNITS.items()}
+    accuracies = {unit: accuracy for unit, (_, accuracy, _) in naive.items()}
 
-    ours = flextune.flex(task)  # Algorithm 1
-    assert {name: one.accuracy for name, one in ours.tuned.items()} == a
-    assert ours.chosen == ours.best == arg_max(a)
-    for name, result in ours.tuned.items():
-        theirs, _, epochs = naive[name]
-        assert result.epochs == epochs
-        for one, other in zip(result.net.parameters(), theirs.parameters()):
-            torch.testing.assert_close(one, other)
+    selection = flextune.flex(task)  # Algorithm 1
+    assert {unit: result.accuracy for unit, result in selection.tuned.items()} == accuracies
+    assert selection.chosen == selection.best == first_arg_max(accuracies)
+    for unit, result in selection.tuned.items():
+        naive_net, _, naive_epochs = naive[unit]
+        assert result.epochs == naive_epochs
+        for weight, expected in zip(result.net.parameters(), naive_net.parameters()):
+            torch.testing.assert_close(weight, expected)
 
-    ours, proxies = flextune.fast_flex(task), naive_proxies(net, naive["all"][0], val, k)
-    best = arg_max(proxies)  # Algorithm 2, line 7
-    assert ours.proxies == proxies and ours.best == best
-    assert ours.chosen == (best if a[best] >= a["all"] else "all")
-    assert ours.result.accuracy == a[ours.chosen]
+    selection = flextune.fast_flex(task)  # Algorithm 2
+    proxies = naive_proxies(net, naive["all"][0], val, top_k)
+    best = first_arg_max(proxies)  # line 7
+    chosen = best if accuracies[best] >= accuracies["all"] else "all"  # line 10
+    assert selection.proxies == proxies
+    assert (selection.best, selection.chosen) == (best, chosen)
+    assert selection.result.accuracy == accuracies[chosen]
 
-    ours, (epoch, _, _) = flextune.faster_flex(task), run_all.literal(task, units["all"], epochs=1)
-    proxies = naive_proxies(net, epoch, val, k)
-    assert ours.proxies == proxies and ours.tuned["all"].epochs == 1
-    assert ours.chosen == ours.best == arg_max(proxies)  # Algorithm 3
-    assert ours.result.accuracy == a[ours.chosen]
+    selection = flextune.faster_flex(task)  # Algorithm 3
+    naive_net, naive_one_epoch_accuracy, _ = run_all.literal(task, [1, 2, 3, 4, 5], epochs=1)
+    proxies = naive_proxies(net, naive_net, val, top_k)
+    best = first_arg_max(proxies)  # line 6
+    assert selection.proxies == proxies
+    assert selection.chosen == selection.best == best
+    assert selection.result.accuracy == accuracies[best]
+    assert selection.tuned.keys() == {best}
+    assert selection.one_epoch.epochs == 1
+    assert selection.one_epoch.accuracy == naive_one_epoch_accuracy
 
 
-def test_ties_go_to_the_smallest_unit_and_to_a_unit_before_all(source, train, val):
+def test_ties_go_to_the_lowest_unit_and_to_a_unit_before_all(source, train, val):
     task = Task(source, train, val, FAST)
 
     def select(algorithm, *accuracies):
-        for units, a in zip(((1,), (2,), (4,), (5,), (1, 2, 3, 4, 5)), accuracies):
-            task.results[units, None] = Result(task.net, units, a, 1, 0.0, [], 1)
+        for numbers, accuracy in zip(UNITS.values(), accuracies):
+            task.results[numbers, None] = Result(
+                net=task.net,
+                units=numbers,
+                accuracy=accuracy,
+                best_epoch=1,
+                epochs=1,
+                seconds=0.0,
+                history=[],
+                num_trained=1,
+            )
         return algorithm(task)
 
     assert select(flextune.flex, 0.5, 0.7, 0.7, 0.6, 0.7).chosen == 2
     assert select(flextune.flex, 0.5, 0.6, 0.7, 0.7, 0.7).chosen == 4
     assert select(flextune.flex, 0.5, 0.6, 0.7, 0.7, 0.8).chosen == "all"
-    for a, chosen in ((0.8, 1), (0.7, "all")):  # of equal proxies, all the source, 1 is line 7's
-        selection = select(flextune.fast_flex, a, 0.9, 0.9, 0.9, 0.8)
-        assert (selection.best, selection.chosen) == (1, chosen)
+    assert select(flextune.flex, 0.5, 0.7, 0.7, 0.6, 0.7).tied == [2, 4, "all"]
+
+    # All networks are the source here, so all proxies are equal and line 7 takes unit 1.
+    selection = select(flextune.fast_flex, 0.8, 0.9, 0.9, 0.9, 0.8)
+    assert (selection.best, selection.chosen) == (1, 1)
+    assert selection.tied == [1, 2, 4, 5]
+    selection = select(flextune.fast_flex, 0.7, 0.9, 0.9, 0.9, 0.8)
+    assert (selection.best, selection.chosen) == (1, "all")
 
 
 def test_surgery_takes_parameters_and_buffers_of_one_unit(source):
-    other, before = small_net(), copy.deepcopy(source)
+    other = small_net()
     other[1][1].running_mean += 1
+    source_before = copy.deepcopy(source)
     for unit in (1, 2, 4, 5):
         proxy = flextune.surgery(source, other, unit)
         for number in range(1, 6):
-            assert same(proxy[number - 1], (other if number == unit else source)[number - 1])
-    assert same(source, before)
+            origin = other if number == unit else source
+            assert same_state(proxy[number - 1], origin[number - 1])
+    assert same_state(source, source_before)
 
 
 # ---------------------------------------------------------------- training
@@ -194,295 +254,273 @@ def test_surgery_takes_parameters_and_buffers_of_one_unit(source):
 
 @pytest.mark.parametrize("units", [1, 4, [1, np.int64(4)], "all"], ids=str)
 def test_only_the_named_units_change(source, train, val, units):
-    before, random = copy.deepcopy(source), torch.get_rng_state()
-    data = [tensor.clone() for tensor in (*train, *val)]
-    result = fine_tune(source, units, train, val)
-    assert same(source, before) and source.training
+    source_before = copy.deepcopy(source)
+    data_before = [tensor.clone() for tensor in (*train, *val)]
+    rng_before = torch.get_rng_state()
+    result = tune(source, units, train, val)
+
+    # What was handed over stays as it is.
+    assert same_state(source, source_before)
+    assert source.training
     assert all(weight.requires_grad for weight in source.parameters())
-    assert torch.equal(torch.get_rng_state(), random)
-    assert all(torch.equal(a, b) for a, b in zip(data, (*train, *val)))
-    numbers = range(1, 6) if units == "all" else units if isinstance(units, list) else [units]
-    assert result.units == tuple(numbers) and not result.net.training
-    for number, (mine, theirs) in enumerate(zip(result.net, source), 1):
-        assert same(mine, theirs) == (number not in numbers or number == 3)
-        for a, b in zip(mine.buffers(), theirs.buffers()):
-            assert torch.equal(a, b)  # BatchNorm's statistics, in tuned units too
-        tuned = number in numbers  # what stays frozen is shared: nothing should train it
-        assert all(weight.requires_grad == tuned for weight in mine.parameters())
-    weights = (weight for number in numbers for weight in source[number - 1].parameters())
-    assert result.trained == sum(weight.numel() for weight in weights)
+    assert torch.equal(torch.get_rng_state(), rng_before)
+    for tensor, before in zip((*train, *val), data_before):
+        assert torch.equal(tensor, before)
+
+    # The units that are not named stay as they are, and so do BatchNorm's statistics everywhere.
+    expected_units = {"1": (1,), "4": (4,), "all": UNITS["all"]}.get(str(units), (1, 4))
+    assert result.units == expected_units
+    assert not result.net.training
+    num_weights = 0
+    for number, (unit, source_unit) in enumerate(zip(result.net, source), start=1):
+        is_tuned = number in expected_units
+        has_weights = number != 3
+        assert same_state(unit, source_unit) != (is_tuned and has_weights)
+        for buffer, source_buffer in zip(unit.buffers(), source_unit.buffers()):
+            assert torch.equal(buffer, source_buffer)
+        for weight in unit.parameters():
+            assert weight.requires_grad == is_tuned  # a frozen unit is shared
+            num_weights += weight.numel() * is_tuned
+    assert result.num_trained == num_weights
+
+
+def test_the_result_reports_the_network_that_it_returns(source, train, val):
+    result = tune(source, [1, 4], train, val)
+    accuracies = dict(result.history)
     assert result.accuracy == naive_accuracy(copy.deepcopy(result.net), val)
-    assert result.accuracy == max(a for epoch, a in result.history if epoch > 0)
-    assert result.history[0] == (0, flextune.accuracy(source, val, FAST))
-    assert [epoch for epoch, _ in result.history] == list(range(0, result.epochs + 1, 2))
+    assert result.accuracy == flextune.accuracy(result.net, val)
+    assert result.accuracy == accuracies[result.best_epoch]
+    assert result.accuracy == max(accuracies[epoch] for epoch in accuracies if epoch > 0)
+    assert accuracies[0] == flextune.accuracy(source, val)
+    assert list(accuracies) == list(range(0, result.epochs + 1, FAST.check_every))
 
 
 def test_dropout_is_off_in_frozen_units_and_on_in_tuned_ones(source, train, val):
-    never, often = copy.deepcopy(source), copy.deepcopy(source)
-    never[3][3].p, often[3][3].p = 0.0, 0.9
-    for unit, matters in ((5, False), (1, False), (4, True), ("all", True)):
-        assert same(*(fine_tune(net, unit, train, val).net for net in (never, often))) != matters
+    without_dropout = copy.deepcopy(source)
+    without_dropout[3][3].p = 0.0
+    with_dropout = copy.deepcopy(source)
+    with_dropout[3][3].p = 0.9
+    for unit, dropout_matters in ((5, False), (1, False), (4, True), ("all", True)):
+        one = tune(without_dropout, unit, train, val)
+        other = tune(with_dropout, unit, train, val)
+        assert same_state(one.net, other.net) != dropout_matters
 
 
 @pytest.mark.parametrize(
-    "script, asked, epochs, best",
+    "accuracies, epochs, expected_epochs, best_epoch",
     [
-        ([0.1, 0.3, 0.2, 0.3, 0.1], None, 10, 4),  # a tie is no improvement; nor does 0 count
+        # A tie is no improvement, and the source network (epoch 0) does not compete.
+        ([0.1, 0.3, 0.2, 0.3, 0.1], None, 10, 4),
         ([0.5, 0.4, 0.3, 0.6, 0.1, 0.1, 0.1], None, 14, 8),
-        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8], None, 15, 15),  # the cap, and a check at it
-        ([0.5, 0.4, 0.3, 0.2, 0.1], 9, 9, 9),  # a number of epochs: the last state
+        # The limit of 15 epochs, with a validation at it.
+        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8], None, 15, 15),
+        # A fixed number of epochs: the final state, whatever its accuracy.
+        ([0.5, 0.4, 0.3, 0.2, 0.1], 9, 9, 9),
     ],
 )
-def test_early_stopping(monkeypatch, source, train, val, script, asked, epochs, best):
+def test_early_stopping_returns_the_best_state(
+    monkeypatch, source, train, val, accuracies, epochs, expected_epochs, best_epoch
+):
     settings = replace(FAST, max_epochs=15)
-    state = fine_tune(source, 2, train, val, settings, epochs=best).net
-    task, scores = Task(source, train, val, settings), iter(script)
-    flextune.fine_tune(task, 1, epochs=1)  # before the first training the units are tried out
-    monkeypatch.setattr(Task, "right", lambda *_: torch.tensor([next(scores)]))
-    result = flextune.fine_tune(task, 2, asked)
-    assert result.epochs == epochs and next(scores, None) is None
-    assert result.accuracy == pytest.approx(script[-(-best // 2) - 1])
-    assert same(result.net, state)
+    expected_net = tune(source, 2, train, val, settings, epochs=best_epoch).net
+    task = Task(source, train, val, settings)
+    scripted = iter(accuracies)
+    monkeypatch.setattr(Task, "accuracy", lambda *_: next(scripted))
+    result = flextune.fine_tune(task, 2, epochs)
+    assert next(scripted, None) is None  # all of them were asked for
+    assert (result.epochs, result.best_epoch) == (expected_epochs, best_epoch)
+    assert result.accuracy == dict(result.history)[best_epoch]
+    assert same_state(result.net, expected_net)
 
 
 def test_the_same_seed_gives_the_same_result_whatever_ran_before(source, train, val):
     def run(unit, seed=0):
-        return fine_tune(source, unit, train, val, replace(FAST, seed=seed))
+        return tune(source, unit, train, val, replace(FAST, seed=seed))
 
     first = {unit: run(unit) for unit in (1, 4, "all")}
     torch.manual_seed(99)
-    again = {unit: run(unit) for unit in ("all", 4, 1)}
-    for unit, result in first.items():
-        assert same(result.net, again[unit].net)
-        assert result.history == again[unit].history
-    assert not same(first[4].net, run(4, seed=1).net)
-    with torch.device("meta"):  # as another default device: what is made here is made where x is
-        assert same(first[4].net, run(4).net)
+    for unit in ("all", 4, 1):
+        result = run(unit)
+        assert same_state(result.net, first[unit].net)
+        assert result.history == first[unit].history
+    assert not same_state(run(4, seed=1).net, first[4].net)
+    with torch.device("meta"):  # as the default device of the program
+        assert same_state(run(4).net, first[4].net)
 
 
 @NO_CUDA
 def test_cuda_is_reproducible_and_agrees_with_the_cpu(monkeypatch, source, train, val):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    random, settings = torch.cuda.get_rng_state(), replace(FAST, device="cuda")
-    one, two = (flextune.flex(Task(source, train, val, settings)).tuned for _ in range(2))
-    assert torch.equal(torch.cuda.get_rng_state(), random)
-    for unit, result in one.items():
-        assert next(result.net.parameters()).is_cuda and same(result.net, two[unit].net)
-    exact = copy.deepcopy(source).double()  # in float64 rounding decides nothing
-    exact[3][3].p = 0.0  # CUDA drops out others
-    one, two = (flextune.flex(Task(exact, train, val, each)).tuned for each in (settings, FAST))
-    for unit, result in one.items():
-        assert result.accuracy == pytest.approx(two[unit].accuracy)
+    on_cuda = replace(FAST, device="cuda")
+    rng_before = torch.cuda.get_rng_state()
+    first = flextune.flex(Task(source, train, val, on_cuda)).tuned
+    second = flextune.flex(Task(source, train, val, on_cuda)).tuned
+    assert torch.equal(torch.cuda.get_rng_state(), rng_before)
+    for unit, result in first.items():
+        assert next(result.net.parameters()).is_cuda
+        assert same_state(result.net, second[unit].net)
+
+    net, train, val = in_float64(source, train, val)
+    net[3][3].p = 0.0  # other units are dropped on CUDA
+    of_cuda = flextune.flex(Task(net, train, val, on_cuda)).tuned
+    of_cpu = flextune.flex(Task(net, train, val, FAST)).tuned
+    for unit, result in of_cuda.items():
+        assert result.accuracy == pytest.approx(of_cpu[unit].accuracy)
 
 
 def test_images_enter_from_0_to_1_in_the_precision_of_the_network(source, train, val):
-    expected = fine_tune(source, 2, train, val)
-    for kind in (torch.float32, torch.float64):
-        result = fine_tune(source, 2, *((x.to(kind) / 255, y) for x, y in (train, val)))
-        assert same(result.net, expected.net) and result.history == expected.history
-    double = copy.deepcopy(source).double()
-    assert flextune.accuracy(double, val, FAST) == flextune.accuracy(source, val, FAST)
+    expected = tune(source, 2, train, val)
+    for dtype in (torch.float32, torch.float64):
+        scaled = [(x.to(dtype) / 255, y) for x, y in (train, val)]
+        result = tune(source, 2, *scaled)
+        assert same_state(result.net, expected.net)
+        assert result.history == expected.history
+    seen = []
+    first_unit = Function(lambda unit, x: seen.append(x) or x)
+    net = nn.Sequential(first_unit, *copy.deepcopy(source)).double()
+    flextune.accuracy(net, val)
+    assert seen[-1].dtype == torch.float64
+    assert seen[-1].max() <= 1
 
 
 def test_in_place_layers_do_not_change_the_data(train, val):
-    units = [(nn.LeakyReLU(0.5, inplace=True), nn.Linear(*size)) for size in ((192, 8), (8, 4))]
-    net = nn.Sequential(*(nn.Sequential(*unit) for unit in units))
-    train, val = ((x.flatten(1) / 255 - 0.5, y) for x, y in (train, val))
-    before = val[0].clone()
-    result = fine_tune(net, 2, train, val)
-    assert result.accuracy == flextune.accuracy(result.net, val, FAST)
-    assert torch.equal(val[0], before)
+    def in_place_unit(inputs, outputs):
+        return nn.Sequential(nn.LeakyReLU(0.5, inplace=True), nn.Linear(inputs, outputs))
+
+    net = nn.Sequential(in_place_unit(192, 8), in_place_unit(8, 4))
+    train, val = [(x.flatten(1) / 255 - 0.5, y) for x, y in (train, val)]
+    val_before = val[0].clone()
+    result = tune(net, 2, train, val)
+    assert result.accuracy == flextune.accuracy(result.net, val)
+    assert torch.equal(val[0], val_before)
 
 
-def test_a_dropout_layer_in_two_units_is_off_in_the_frozen_one(train, val):
+def test_a_dropout_layer_of_two_units_is_off_in_the_frozen_one(train, val):
     dropout = nn.Dropout(0.5)
-    shared = around(*(nn.Sequential(nn.Linear(192, 192), dropout) for _ in range(2)))
-    own = nn.Sequential(*map(copy.deepcopy, shared))
+    units = [nn.Sequential(nn.Linear(192, 192), dropout) for _ in range(2)]
+    net = between_linear_units(*units)
+    net_with_own_dropout = nn.Sequential(*[copy.deepcopy(unit) for unit in net])
     for unit in (2, 3):
-        assert same(*(fine_tune(net, unit, train, val).net for net in (shared, own)))
+        one = tune(net, unit, train, val)
+        other = tune(net_with_own_dropout, unit, train, val)
+        assert same_state(one.net, other.net)
 
 
 def test_every_norm_keeps_its_statistics(train, val):
     norm = nn.InstanceNorm1d(8, track_running_stats=True)
-    net = around(nn.Sequential(nn.Unflatten(1, (8, 24)), norm, nn.Flatten()))
-    tuned = fine_tune(net, "all", train, val).net
-    assert not same(tuned, net)
-    for a, b in zip(net.buffers(), tuned.buffers(), strict=True):
-        assert torch.equal(a, b)
+    net = between_linear_units(nn.Sequential(nn.Unflatten(1, (8, 24)), norm, nn.Flatten()))
+    tuned = tune(net, "all", train, val).net
+    assert not same_state(tuned, net)
+    for buffer, source_buffer in zip(tuned.buffers(), net.buffers(), strict=True):
+        assert torch.equal(buffer, source_buffer)
+
+
+def test_batch_statistics_are_used_in_tuned_units_if_asked_for(source, train, val):
+    settings = replace(FAST, batch_statistics=True, batch_size=11)
+    result = tune(source, [1, 5], train, val, settings)
+    assert not torch.equal(result.net[0][1].running_mean, source[0][1].running_mean)
+    assert torch.equal(result.net[1][1].running_mean, source[1][1].running_mean)
+    assert result.accuracy == flextune.accuracy(result.net, val)
 
 
 def test_frozen_units_run_once_on_each_image(source, train, val):
-    seen, counting = [], nn.Identity()
-    counting.register_forward_hook(lambda unit, args, x: seen.append(len(x)))
+    num_seen = []
+    counter = nn.Identity()
+    counter.register_forward_hook(lambda unit, args, output: num_seen.append(len(output)))
+    net, train, val = in_float64(nn.Sequential(counter, *source), train, val)
 
     def count(run):
-        seen.clear()
-        return run(), sum(seen)
+        num_seen.clear()
+        return run(), sum(num_seen)
 
-    net, once = nn.Sequential(counting, *source), replace(FAST, max_epochs=1)
-    kept, images = count(lambda: fine_tune(net, 5, train, val))
-    assert kept.epochs > 2 and images < 300  # 133 images, 100 for epoch 0, and those of the trial
-    again, images = count(lambda: fine_tune(net, 5, train, val, replace(FAST, cache_bytes=0)))
-    assert images > kept.epochs * 33 and again.epochs == kept.epochs
-    for a, b in zip(kept.net.parameters(), again.net.parameters()):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    _, whole = count(lambda: fine_tune(net, "all", train, val, once))
-    for select in (flextune.flex, flextune.faster_flex):  # that has five proxies of 100 images
-        _, images = count(lambda select=select: select(Task(net, train, val, once)))
-        assert images - whole < 300  # 133 images, twice 100 for epoch 0, single ones
+    few = 10  # images on which a network is tried when a task is made
+    once = 33 + 100 + few
+    cached, num_images = count(lambda: tune(net, 5, train, val))
+    assert cached.epochs > 2
+    assert num_images <= 100 + once  # epoch 0 is the accuracy of the source network
+    uncached, num_images = count(lambda: tune(net, 5, train, val, replace(FAST, cache_bytes=0)))
+    assert num_images > cached.epochs * 33
+    assert uncached.history == cached.history
+    for weight, expected in zip(uncached.net.parameters(), cached.net.parameters()):
+        torch.testing.assert_close(weight, expected)
 
-
-def test_one_training_image_and_one_validation_image(source):
-    result = fine_tune(source, "all", images(1, seed=5), images(1, seed=6), FAST)
-    assert result.accuracy in (0, 1) and not result.diverged
-
-
-def test_a_diverged_candidate_is_the_source(source, train, val):
-    result = fine_tune(source, "all", train, val, replace(FAST, lr=1e30))
-    assert result.diverged and same(result.net, source)
-    assert result.accuracy == result.history[0][1] == flextune.accuracy(source, val, FAST)
-    # A single step: its loss is finite, only the weights are not.
-    step = fine_tune(source, "all", images(4, 5), val, replace(FAST, lr=1e38), epochs=1)
-    assert step.diverged and same(step.net, source)
+    short = replace(FAST, max_epochs=1)
+    _, num_images_all = count(lambda: tune(net, "all", train, val, short))
+    for select in (flextune.flex, flextune.faster_flex):
+        _, num_images = count(partial(select, Task(net, train, val, short)))
+        assert num_images <= num_images_all + once
 
 
-def test_a_candidate_that_diverges_later_keeps_its_best_state(monkeypatch, source, train, val):
-    expected = fine_tune(source, 2, train, val, replace(FAST, max_epochs=4))
-    steps = iter(range(10**6))
-
-    def loss(*batch):  # 3 steps an epoch: NaN from epoch 6 on
-        return cross_entropy(*batch) * (torch.nan if next(steps) >= 15 else 1)
-
-    task = Task(source, train, val, replace(FAST, loss=loss))
-    flextune.fine_tune(task, 1, epochs=1)  # before the first training the units are tried out
-    steps = iter(range(10**6))
-    result = flextune.fine_tune(task, 2)
-    assert result.diverged and result.epochs == 6
-    assert same(result.net, expected.net) and result.accuracy == expected.accuracy
+def test_one_training_image_and_one_validation_image_are_enough(source):
+    result = tune(source, "all", images(1, seed=5), images(1, seed=6))
+    assert result.accuracy in (0, 1)
+    assert not result.diverged
 
 
-class Wrapped(nn.Sequential):
-    def forward(self, x):
-        return super().forward(x * 2)
+def test_a_candidate_that_diverges_at_once_is_the_source(source, train, val):
+    result = tune(source, "all", train, val, replace(FAST, lr=1e30))
+    assert result.diverged
+    assert result.best_epoch == 0
+    assert same_state(result.net, source)
+    assert result.accuracy == flextune.accuracy(source, val)
+    # A single step, whose loss is finite: only the weights are not.
+    result = tune(source, "all", images(4, seed=5), val, replace(FAST, lr=1e38), epochs=1)
+    assert result.diverged
+    assert same_state(result.net, source)
 
 
-def tied():
-    layer = nn.Linear(4, 4)
-    return nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), layer, nn.ReLU(), layer)
+def test_a_candidate_that_diverges_later_keeps_its_best_state(source, train, val):
+    expected = tune(source, 2, train, val, replace(FAST, max_epochs=4))
+    num_steps = 0
+
+    def loss(logits, y):  # 3 steps an epoch: NaN from epoch 6 on
+        nonlocal num_steps
+        num_steps += 1
+        scale = math.nan if num_steps > 15 else 1.0
+        return scale * cross_entropy(logits, y)
+
+    result = tune(source, 2, train, val, replace(FAST, loss=loss))
+    assert result.diverged
+    assert result.epochs == 6
+    assert result.accuracy == expected.accuracy
+    assert same_state(result.net, expected.net)
 
 
-X, Y = images(8, seed=0)
+def test_a_unit_that_is_skipped_in_some_batches_is_tuned(val):
+    def skip_often(unit, x):
+        if unit.training and torch.rand(()) < 0.7:
+            return x
+        return x * unit.gain
+
+    net = between_linear_units(Function(skip_often))
+    data = images(8, seed=0)  # a single batch in each epoch
+    for seed in range(5):
+        result = tune(net, 2, data, val, replace(FAST, seed=seed))
+        assert result.num_trained == 1
 
 
-@pytest.mark.parametrize(
-    "wrong, message",
-    [
-        ({"net": nn.Linear(3, 3)}, "must be an nn.Sequential of units"),
-        ({"net": Wrapped(nn.Flatten(), nn.Linear(192, 4))}, "must be an nn.Sequential of units"),
-        ({"net": tied()}, "two of them share some"),
-        ({"units": 3}, "3: the units to tune are ['1', '2', '4', '5']"),
-        ({"units": None}, "None: the units to tune are"),
-        ({"train": (X, Y[:7])}, "[8, 3, 8, 8], y torch.int64 [7]"),
-        ({"val": (X, Y[:, None])}, "y torch.int64 [8, 1]"),
-        ({"val": (X, Y - 1)}, "labels and top_k must fit the network's 4 classes"),
-        ({"train": (X.int(), Y)}, "x is torch.int32 [8, 3, 8, 8]"),
-        ({"val": (X / torch.zeros(1), Y)}, "x has NaN"),
-        ({"val": (X.numpy(), Y.numpy())}, "train and val: x must be "),
-        ({"val": (X[..., :7], Y)}, "of one size, y int64 [N]: x is torch.uint8 [8, 3, 8, 7]"),
-        ({"settings": replace(FAST, top_k=5)}, "must fit the network's 4 classes"),
-        ({"settings": replace(FAST, device="cuda:99")}, "device cuda:99: "),
-    ],
-)
-def test_what_would_pass_unnoticed_is_an_error(source, wrong, message):
-    good = {"net": source, "units": 5, "train": (X, Y), "val": (X, Y), "settings": FAST}
-    with pytest.raises(ValueError, match=re.escape(message)):
-        fine_tune(**good | wrong)
-
-
-def test_numbers_out_of_range_are_errors(source, train, val):
-    calls = {"epochs": partial(fine_tune, source, 1, train, val, epochs=0)}
-    calls |= {"n": partial(flextune.ft_fc, Task(source, train, val, FAST), 0)}
-    calls |= {"unit": partial(flextune.surgery, source, source, 0)}
-    for name, value in (("lr", -1.0), ("seed", 0.5), ("cache_bytes", "2 GB")):
-        calls[name] = partial(replace, FAST, **{name: value})
-    for name, call in calls.items():
-        with pytest.raises(ValueError, match=f"^{name} must be "):
-            call()
-
-
-class Do(nn.Module):
-    """A unit of a function of (module, x)."""
-
-    def __init__(self, do):
-        super().__init__()
-        self.do, self.gain = do, nn.Parameter(torch.ones(1))
-
-    def forward(self, x):
-        return self.do(self, x)
-
-
-def around(*units, features=192, head=4):
-    """A network of `units`, a linear one before them and one after."""
-    before = nn.Sequential(nn.Flatten(), nn.Linear(192, features))
-    return nn.Sequential(before, *units, nn.Linear(features, head))
-
-
-def hooked():
-    net = around()
-    net.register_forward_pre_hook(lambda module, args: (args[0] / 2,))
-    return net
-
-
-def auxiliary(unit, x):
-    return (x * unit.gain, x) if unit.training else x * unit.gain
-
-
-@pytest.mark.parametrize(
-    "net, message",
-    [
-        (hooked, "must be an nn.Sequential of units that adds nothing"),
-        (lambda: around(Do(auxiliary)), "unit 2, in training: "),
-        (lambda: around(Do(lambda unit, x: x.features)), "unit 2: 'Tensor' object has no"),
-        (lambda: around(Do(lambda unit, x: x + torch.rand_like(x))), "unit 2: random in eval"),
-        (lambda: around(nn.utils.weight_norm(nn.Linear(192, 192))), "unit 2: "),
-    ],
-)
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_units_that_cannot_be_worked_with_are_named_before_the_training(net, message):
-    with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        flextune.flex(Task(net(), (X, Y), (X, Y), FAST, pytest.fail))  # no training reports
-    assert "\n" not in str(caught.value)
-
-
-def test_units_that_no_gradient_reaches_are_named(train, val):
-    task = Task(around(Do(lambda unit, x: x.detach())), train, val, FAST)
-    assert fine_tune(task.net, 3, train, val).epochs
-    with pytest.raises(ValueError, match="unit 1: no gradient reaches it"):
-        flextune.flex(task)
-    with torch.inference_mode(), pytest.raises(ValueError, match="no gradient reaches it"):
-        flextune.flex(Task(around(), train, val, FAST))
-
-
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
 @pytest.mark.parametrize(
     "below, above",
     [
         (lambda _, x: (x.clamp(0, 1) * 255).round().byte(), lambda _, x: x.float() / 255),
         (lambda _, x: x.long(), lambda _, x: x.float()),
-        (lambda _, x: x.view(len(x), 4, 48).transpose(0, 1), lambda _, x: x.transpose(0, 1)),
+        (lambda _, x: x.view(len(x), 2, 96).transpose(0, 1), lambda _, x: x.transpose(0, 1)),
         (lambda _, x: (x, 2 * x), lambda _, x: x[0] + x[1]),
     ],
+    ids=["bytes", "integers", "batch in the second dimension", "a tuple"],
 )
-@pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
-def test_what_units_hand_on_reaches_the_next_as_it_is(train, val, below, above, cache_bytes):
-    flat = nn.Sequential(Do(above), Do(lambda _, x: x.reshape(len(x), -1)))
+def test_what_a_unit_passes_on_reaches_the_next_as_it_is(train, val, below, above, cache_bytes):
     torch.manual_seed(0)
-    net = around(Do(below), nn.Sequential(flat, nn.Linear(192, 8), nn.Linear(8, 192)))
-    result = fine_tune(net, 3, train, val, replace(FAST, cache_bytes=cache_bytes))
+    flatten = Function(lambda _, x: x.reshape(len(x), -1))
+    linear = nn.Sequential(nn.Linear(192, 8), nn.Linear(8, 192))
+    net = between_linear_units(Function(below), nn.Sequential(Function(above), flatten, linear))
+    result = tune(net, 3, train, val, replace(FAST, cache_bytes=cache_bytes))
     assert result.accuracy == pytest.approx(naive_accuracy(result.net, val))
     assert result.history[0][1] == pytest.approx(naive_accuracy(copy.deepcopy(net), val))
 
 
-class Centre(nn.Module):
+class Center(nn.Module):
     """Keeps a mean as a buffer that is not in its state_dict."""
 
     def __init__(self):
@@ -496,91 +534,253 @@ class Centre(nn.Module):
         return (x - self.mean) * self.gain
 
 
-def test_the_best_state_is_all_of_the_module(train, val):
-    result = fine_tune(around(Centre()), "all", train, val, replace(FAST, lr=0.3))
-    assert result.epochs > max(result.history, key=lambda pair: pair[1])[0]  # it went on after it
-    assert result.accuracy == flextune.accuracy(result.net, val, FAST)
+def test_the_best_state_includes_what_is_not_in_the_state_dict(train, val):
+    result = tune(between_linear_units(Center()), "all", train, val, replace(FAST, lr=0.3))
+    assert result.epochs > result.best_epoch
+    assert result.accuracy == flextune.accuracy(result.net, val)
 
 
 def test_the_memory_layout_stays(source, train, val):
     net = copy.deepcopy(source).to(memory_format=torch.channels_last)
-    for mine, theirs in zip(fine_tune(net, [1, 4], train, val).net.parameters(), net.parameters()):
-        assert mine.stride() == theirs.stride()
+    tuned = tune(net, [1, 4], train, val).net
+    for weight, source_weight in zip(tuned.parameters(), net.parameters()):
+        assert weight.stride() == source_weight.stride()
 
 
-def test_tokens_and_tables():
-    tokens, y = torch.randint(9, (40, 6), generator=generator()), torch.arange(40) % 3
-    text = nn.Sequential(nn.Embedding(9, 8), nn.LSTM(8, 8, batch_first=True),
-        nn.Sequential(Do(lambda _, x: x[0][:, -1]), nn.Linear(8, 3)))  # fmt: skip
-    for net, x in ((text, tokens), (nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), tokens / 9)):
-        selection = flextune.flex(Task(net, (x, y), (x, y), FAST))
-        assert selection.result.accuracy == flextune.accuracy(selection.result.net, (x, y), FAST)
+def test_x_may_be_tokens_or_features():
+    tokens = torch.randint(9, (40, 6), generator=torch.Generator().manual_seed(0))
+    y = torch.arange(40) % 3
+    last_state = Function(lambda _, x: x[0][:, -1])
+    lstm = nn.LSTM(8, 8, batch_first=True)
+    for_tokens = nn.Sequential(nn.Embedding(9, 8), lstm, nn.Sequential(last_state, nn.Linear(8, 3)))
+    for_features = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
+    for net, x in ((for_tokens, tokens), (for_features, tokens / 9)):
+        result = flextune.flex(Task(net, (x, y), (x, y), FAST)).result
+        assert result.accuracy == flextune.accuracy(result.net, (x, y))
 
 
-def test_augment_sees_every_training_batch_alike_and_no_other(source, train, val):
-    seen, two = [], replace(FAST, max_epochs=2)
+def test_augment_gets_every_training_batch_and_no_other(source, train, val):
+    seen = []
 
-    def augment(x):
+    def flip(x):
         seen.extend(x.sum((1, 2, 3)).tolist())
         return x.flip(3)
 
-    task, images = Task(source, train, val, replace(two, augment=augment)), []
-    flextune.fine_tune(task, 1, epochs=1)  # before the first training the units are tried out
+    net, train, val = in_float64(source, train, val)
+    flipped = (train[0].flip(3), train[1])
+    two_epochs = replace(FAST, max_epochs=2)
+    task = Task(net, train, val, replace(two_epochs, augment=flip))
+    seen_by_unit = []
     for unit in (1, 5, "all"):
         seen.clear()
         result = flextune.fine_tune(task, unit)
-        images.append([*seen])
-        flipped = fine_tune(source, unit, (train[0].flip(3), train[1]), val, two)
-        assert result.history == flipped.history
-    assert images[0] == images[1] == images[2] and len(seen) == 2 * 33
+        seen_by_unit.append(list(seen))
+        assert result.history == tune(net, unit, flipped, val, two_epochs).history
+    assert len(seen) == 2 * 33
+    assert seen_by_unit[0] == seen_by_unit[1] == seen_by_unit[2]
+
+
+# ---------------------------------------------------------------- the task
 
 
 def test_after_an_interrupt_the_task_goes_on(source, train, val):
+    interrupts = [KeyboardInterrupt()]
+
     def report(text):
-        if task.results:
-            raise KeyboardInterrupt
+        if task.results and interrupts:
+            raise interrupts.pop()
 
     task = Task(source, train, val, FAST, report)
     with pytest.raises(KeyboardInterrupt):
         flextune.flex(task)
-    (kept,), task.report = task.results.values(), print
-    assert flextune.flex(task).tuned[1] is kept
+    (finished,) = task.results.values()
+    assert flextune.flex(task).tuned[1] is finished
+
+
+def test_a_task_is_fixed(source, train, val):
+    task = Task(source, train, val, FAST)
+    values = {"settings": FAST, "train": val, "val": train, "net": small_net()}
+    for name, value in values.items():
+        with pytest.raises(AttributeError, match=f"make another one with another {name}"):
+            setattr(task, name, value)
+
+
+def test_a_task_can_be_sent_to_another_process(source, train, val):
+    task = Task(source, train, val, FAST)
+    sent = pickle.loads(pickle.dumps(task))
+    assert same_state(flextune.ft_all(sent).net, flextune.ft_all(task).net)
 
 
 def test_units_have_names(train, val):
-    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 8))
-    net.add_module("layer4/0", nn.Linear(8, 8))
-    net.add_module("fc", nn.Linear(8, 4))
+    units = [
+        ("0", nn.Flatten()),
+        ("1", nn.Linear(192, 8)),
+        ("layer4/0", nn.Linear(8, 8)),  # PyTorch allows no dot
+        ("fc", nn.Linear(8, 4)),
+    ]
     lines = []
-    task = Task(net, train, val, FAST, lines.append)
+    task = Task(nn.Sequential(OrderedDict(units)), train, val, FAST, report=lines.append)
     assert flextune.fine_tune(task, ["layer4.0", 4]).units == (3, 4)
     assert lines[0].startswith("unit 3 layer4.0, 4 fc: epoch 2, validation 0.")
-    assert flextune.label(net, "all") == "all" and flextune.label(net, 3) == "3 layer4.0"
-    with pytest.raises(ValueError, match="layer5: the units to tune are .*, '3 layer4.0', '4 fc'"):
-        flextune.fine_tune(task, "layer5")
+    assert flextune.label(task.net, "all") == "all"
+    assert flextune.label(task.net, 3) == "3 layer4.0"
+    for unknown in ("layer5", "", [""], 5, 0):
+        with pytest.raises(ValueError, match="units to tune: 2, 3 layer4.0, 4 fc$"):
+            flextune.fine_tune(task, unknown)
+    for several in (torch.tensor([3, 4]), np.array([3, 4]), (3, 4)):
+        assert task.unit_numbers(several) == (3, 4)
+    for one in (torch.tensor(3), np.array(3), np.int64(3), "layer4.0"):
+        assert task.unit_numbers(one) == (3,)
 
 
-def test_progress_is_rewritten_on_a_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    for text in ("one", "two" * 99, ""):
-        flextune.show(text)
-    rows = capsys.readouterr().err
-    assert rows.startswith("\rone\x1b[K\rtwo") and rows.endswith("\r\x1b[K") and "\n" not in rows
-
-
-def test_top_k_accuracy():
-    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 4, bias=False))
-    net[1].weight.data = torch.eye(4)
-
-    def top(logits, y):
-        data = logits[:, :, None, None], torch.tensor(y)
-        return [flextune.accuracy(net, data, replace(FAST, top_k=k)) for k in (1, 2, 3, 4)]
-
+def test_top_k_accuracy_with_ties_and_nan():
     logits = torch.tensor([[3.0, 2, 1, 0], [0, 1, 2, 3], [0, 3, 1, 2]])
-    assert top(logits, [1, 3, 0]) == pytest.approx([1 / 3, 2 / 3, 2 / 3, 1])
-    assert top(torch.ones(2, 4), [0, 1]) == [1 / 2, 1, 1, 1]  # of equals the first, as argmax
-    net[1].weight.data[0, 0] = torch.nan
-    assert top(logits, [1, 3, 0]) == [0, 0, 0, 0]
+    y = torch.tensor([1, 3, 0])
+    for top_k, expected in ((1, [0, 1, 0]), (2, [1, 1, 0]), (3, [1, 1, 0]), (4, [1, 1, 1])):
+        assert flextune.is_correct(logits, y, top_k).tolist() == expected
+    equal = torch.ones(2, 4)  # the lower class is the larger one, as for argmax
+    assert flextune.is_correct(equal, torch.tensor([0, 1])).tolist() == [True, False]
+    assert flextune.is_correct(equal, torch.tensor([0, 1]), top_k=2).tolist() == [True, True]
+    logits[:, 0] = math.nan
+    assert not flextune.is_correct(logits, y, top_k=4).any()
+
+
+# ---------------------------------------------------------------- what is refused
+
+X, Y = images(8, seed=0)
+
+
+class Doubled(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x * 2)
+
+
+def with_hook():
+    net = between_linear_units()
+    net.register_forward_pre_hook(lambda module, args: (args[0] / 2,))
+    return net
+
+
+def with_tied_units():
+    layer = nn.Linear(4, 4)
+    return nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), layer, nn.ReLU(), layer)
+
+
+def with_tied_storage():
+    net = between_linear_units(nn.Linear(192, 192))
+    net[1].weight.data = net[0][1].weight.data.T
+    return net
+
+
+def with_a_side_channel():
+    """A unit gives a later one more than its output, by way of a dictionary that both have."""
+
+    def put(unit, x):
+        unit.shared["x"] = x
+        return x
+
+    first = Function(put)
+    second = Function(lambda unit, x: x + unit.shared["x"])
+    first.shared = second.shared = {}
+    net = between_linear_units(first, nn.Linear(192, 192), second)
+    with torch.no_grad():
+        net(torch.rand(1, 3, 8, 8))  # a look at the network, as a summary of it takes one
+    return net
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"net": nn.Linear(3, 3)}, "must be an nn.Sequential whose children are the units"),
+        ({"net": Doubled(nn.Flatten(), nn.Linear(192, 4))}, "must be an nn.Sequential whose"),
+        ({"net": with_hook()}, "the nn.Sequential itself must have no parameters, buffers or"),
+        ({"net": nn.Sequential(nn.Flatten())}, "no unit has parameters"),
+        ({"net": with_tied_units()}, "units 2 and 4 share weight"),
+        ({"net": with_tied_storage()}, "units 1 and 2 share weight"),
+        ({"net": between_linear_units().half()}, "must be float32 or float64; for bfloat16"),
+        ({"net": nn.Sequential(nn.Conv2d(3, 4, 8))}, "must return logits [N, classes]"),
+        ({"train": (X, Y[:7])}, "train: y must be int64 [8], not torch.int64 [7]"),
+        ({"val": (X, Y[:, None])}, "val: y must be int64 [8], not torch.int64 [8, 1]"),
+        ({"val": (X, Y - 1)}, "val: labels must be from 0 to 3, the network's classes"),
+        ({"train": (X.int(), Y)}, "train: x must be uint8, float or int64, not torch.int32"),
+        ({"val": (X / torch.zeros(1), Y)}, "val: x has NaN or infinite values"),
+        ({"val": (X.numpy(), Y.numpy())}, "val must be a tuple of two tensors (x, y)"),
+        ({"val": (X[..., :7], Y)}, "must have the same dtype and the same shape"),
+        ({"val": (X / 255, Y)}, "must have the same dtype and the same shape"),
+        ({"train": (X[:0], Y[:0])}, "train is empty"),
+        ({"settings": replace(FAST, top_k=5)}, "top_k is 5, but there are 4 classes"),
+    ],
+)
+def test_what_would_be_silently_wrong_is_refused_when_a_task_is_made(source, wrong, message):
+    arguments = {"net": source, "train": (X, Y), "val": (X, Y), "settings": FAST} | wrong
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Task(**arguments)
+
+
+@pytest.mark.parametrize(
+    "net, message",
+    [
+        (between_linear_units(Function(lambda _, x: x + torch.rand_like(x))), "is random in eval"),
+        (between_linear_units(Function(lambda _, x: x - x.mean(0))), "on the others in its batch"),
+        (between_linear_units(nn.BatchNorm1d(192, track_running_stats=False)), "more than 1 value"),
+        (with_a_side_channel(), "exchange data in another way"),
+    ],
+    ids=["random", "mean of the batch", "batch statistics", "side channel"],
+)
+def test_units_that_cannot_be_frozen_are_refused(net, message):
+    with pytest.raises(ValueError, match=message):
+        Task(net, (X, Y), (X, Y), FAST)
+
+
+def test_numbers_out_of_range_are_refused(source, train, val):
+    task = Task(source, train, val, FAST)
+    calls = {
+        "epochs": partial(flextune.fine_tune, task, 1, epochs=0),
+        "n": partial(flextune.ft_fc, task, 0),
+        "unit": partial(flextune.surgery, source, source, 0),
+        "lr": partial(replace, FAST, lr=-1.0),
+        "seed": partial(replace, FAST, seed=0.5),
+        "cache_bytes": partial(replace, FAST, cache_bytes="2 GB"),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"^{name} must be "):
+            call()
+
+
+def test_a_unit_without_parameters_cannot_be_tuned(source, train, val):
+    with pytest.raises(ValueError, match="unit 3 has no parameters to tune"):
+        tune(source, 3, train, val)
+
+
+def test_units_that_no_gradient_reaches_are_refused(train, val):
+    net = between_linear_units(Function(lambda unit, x: x.detach()))
+    assert tune(net, 3, train, val).epochs > 0
+    for unit in (1, 2):
+        with pytest.raises(ValueError, match="no gradient reached the tuned units") as caught:
+            tune(net, unit, train, val)
+        assert caught.value.__notes__ == [f"while fine-tuning unit {unit}"]
+    with torch.inference_mode(), pytest.raises(ValueError, match="no gradient reached"):
+        tune(between_linear_units(), 1, train, val)
+
+
+def test_errors_of_the_users_own_code_pass_with_a_note_that_names_the_unit(source, train, val):
+    def fail_in_training(unit, x):
+        if unit.training:
+            raise LookupError("own code")
+        return x * unit.gain
+
+    def fail(*_):
+        raise LookupError("own code")
+
+    tasks = [
+        Task(between_linear_units(Function(fail_in_training)), train, val, FAST),
+        Task(source, train, val, replace(FAST, loss=fail)),
+        Task(source, train, val, replace(FAST, augment=fail)),
+    ]
+    for task in tasks:
+        with pytest.raises(LookupError, match="^own code") as caught:
+            flextune.fine_tune(task, 2)
+        assert caught.value.__notes__ == ["while fine-tuning unit 2"]
 
 
 # ---------------------------------------------------------------- baselines
@@ -588,82 +788,99 @@ def test_top_k_accuracy():
 
 def test_ft_fc_tunes_the_last_units_and_ft_all_all(source, train, val):
     task = Task(source, train, val, FAST)
-    for n, units in ((1, (5,)), (2, (4, 5)), (3, (2, 4, 5))):
-        assert flextune.ft_fc(task, n).units == units
+    assert flextune.ft_fc(task, 1).units == (5,)
+    assert flextune.ft_fc(task, 2).units == (4, 5)
+    assert flextune.ft_fc(task, 3).units == (2, 4, 5)  # unit 3 has no parameters
     assert flextune.ft_all(task).units == (1, 2, 3, 4, 5)
 
 
 def test_ft_ss_tunes_scales_shifts_and_the_last_unit(source, train, val):
-    before = copy.deepcopy(source)
+    source_before = copy.deepcopy(source)
     result = flextune.ft_ss(Task(source, train, val, replace(FAST, batch_statistics=True)))
     net = result.net
-    # Scales: a kernel (output, input), or an output of the linear layer; shifts: an output.
-    assert result.trained == (8 * 3 + 8) + (8 * 8 + 8) + (16 + 16) + (16 * 4 + 4)
-    assert same(source, before) and source.training and not net.training
-    assert result.accuracy == flextune.accuracy(net, val, FAST)
-    assert result.history[0] == (0, flextune.accuracy(source, val, FAST))
-    for layer, old in ((net[0][0], source[0][0]), (net[1][0], source[1][0])):
-        scales = layer.weight / old.weight  # (output, input, 3, 3)
+    # A scale for each kernel (output, input) or output of the linear layer, a shift for each output.
+    num_scales = 8 * 3 + 8 * 8 + 16
+    num_shifts = 8 + 8 + 16
+    assert result.num_trained == num_scales + num_shifts + (16 * 4 + 4)
+    assert same_state(source, source_before)
+    assert source.training
+    assert not net.training
+    assert result.accuracy == flextune.accuracy(net, val)
+    assert result.history[0] == (0, flextune.accuracy(source, val))
+
+    for conv, source_conv in ((net[0][0], source[0][0]), (net[1][0], source[1][0])):
+        scales = conv.weight / source_conv.weight  # (output, input, 3, 3)
         torch.testing.assert_close(scales, scales[:, :, :1, :1].expand_as(scales))
         assert scales.std() > 0
-    scales = net[3][1].weight / source[3][1].weight
+    scales = net[3][1].weight / source[3][1].weight  # (output, input)
     torch.testing.assert_close(scales, scales[:, :1].expand_as(scales))
-    assert source[0][0].bias is None and net[0][0].bias.abs().min() > 0
-    for mine, theirs in ((net[0][1], source[0][1]), (net[1][1], source[1][1])):
-        assert same(mine, theirs)  # BatchNorm, whatever the settings say: weights and statistics
-    assert not same(net[4], source[4])
-    twice = around(nn.utils.parametrizations.weight_norm(nn.Linear(192, 192)))
-    with pytest.raises(ValueError, match="a weight is parametrized already"):
-        flextune.ft_ss(Task(twice, train, val, FAST))
+    assert source[0][0].bias is None
+    assert net[0][0].bias.abs().min() > 0
+    for unit in (0, 1):  # BatchNorm keeps weights and statistics, whatever the settings say
+        assert same_state(net[unit][1], source[unit][1])
+    assert not same_state(net[4], source[4])
+
+
+def test_ft_ss_refuses_weights_that_are_parametrized(train, val):
+    net = between_linear_units(nn.utils.parametrizations.weight_norm(nn.Linear(192, 192)))
+    with pytest.raises(ValueError, match="a weight that is parametrized already"):
+        flextune.ft_ss(Task(net, train, val, FAST))
 
 
 # ---------------------------------------------------------------- certainty and retrieval
 
 
 def test_certainty_known_values():
-    x, y = torch.eye(8)[:, :, None, None], torch.zeros(8, dtype=torch.int64)
-    rights = {1: [1] * 6 + [0, 0], 2: [1] * 7 + [0], "all": [0] + [1] * 6 + [0]}
+    x = torch.eye(8)[:, :, None, None]  # (8, 8, 1, 1)
+    y = torch.zeros(8, dtype=torch.int64)
+    correct = {
+        1: [1, 1, 1, 1, 1, 1, 0, 0],
+        2: [1, 1, 1, 1, 1, 1, 1, 0],
+        "all": [0, 1, 1, 1, 1, 1, 1, 0],
+    }
     tuned = {}
-    for unit, right in rights.items():
+    for unit, correct_images in correct.items():
         net = nn.Sequential(nn.Flatten(), nn.Linear(8, 2, bias=False))
-        net[1].weight.data = torch.tensor([right, [0.5] * 8])  # logits of the image i in column i
-        tuned[unit] = Result(net, (), flextune.accuracy(net, (x, y), FAST), 1, 0.0, [], 0)
+        net[1].weight.data = torch.tensor(
+            [correct_images, [0.5] * 8]
+        )  # column i: logits of image i
+        tuned[unit] = Result(net, (), flextune.accuracy(net, (x, y)), 1, 1, 0.0, [], 0)
     task = Task(tuned[1].net, (x, y), (x, y), FAST)
-    sure = flextune.certainty(task, flextune.Selection(2, 2, tuned))
-    assert sure["runner_up"] == 1 and sure["lead"] == pytest.approx(1 / 8)
-    # The differences are one 1 and seven 0: their variance is 1/8 - 1/64.
-    assert sure["error"] == pytest.approx(((1 / 8 - 1 / 64) / 8) ** 0.5)
-    assert sure["bound"] == pytest.approx((np.log(2 * 3 / 0.05) / 16) ** 0.5)
-    assert flextune.Selection(2, 2, tuned).tied == [2]
-    assert flextune.Selection(1, 1, {1: tuned[2], "all": tuned[2]}).tied == [1, "all"]
-    with pytest.raises(ValueError, match="of flex alone"):
-        flextune.certainty(task, flextune.Selection(2, 2, tuned, {1: 0.5, 2: 0.6}))
+    certainty = flextune.certainty(task, Selection(chosen=2, best=2, tuned=tuned))
+    assert certainty["runner_up"] == 1
+    assert certainty["lead"] == pytest.approx(1 / 8)
+    # The differences are one 1 and seven 0, so their variance is 1/8 - 1/64.
+    assert certainty["standard_error"] == pytest.approx(math.sqrt((1 / 8 - 1 / 64) / 8))
+    assert certainty["bound"] == pytest.approx(math.sqrt(math.log(2 * 3 / 0.05) / 16))
+    with pytest.raises(ValueError, match="needs a selection of flex"):
+        flextune.certainty(task, Selection(2, 2, tuned, proxies={1: 0.5, 2: 0.6}))
 
 
 def test_average_precision_by_hand():
-    net = nn.Sequential(nn.Flatten(), nn.Linear(1, 3))
-    far = nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(1, 1)), nn.Linear(1, 3))
-    far[0][1].weight.data[:], far[0][1].bias.data[:] = 1, 6  # sees a query 6 to the right
+    source_net = nn.Sequential(nn.Flatten(), nn.Linear(1, 3))
+    shifted_net = nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(1, 1)), nn.Linear(1, 3))
+    shifted_net[0][1].weight.data.fill_(1)  # it sees a query 6 to the right
+    shifted_net[0][1].bias.data.fill_(6)
     gallery = torch.arange(1.0, 6)[:, None, None, None], torch.tensor([0, 1, 0, 0, -1])
-    task = Task(net, *[(gallery[0], torch.zeros(5, dtype=torch.int64))] * 2, FAST)
 
-    def ap(tuned, *labels, k=10):
+    def ap(tuned_net, *labels, k=10):
         queries = torch.zeros(len(labels), 1, 1, 1), torch.tensor(labels)
-        return run_all.retrieval(task, tuned, gallery, queries, k)
+        return run_all.retrieval(source_net, tuned_net, gallery, queries, k)
 
-    # Relevant at places 1, 3 and 4, with precisions 1, 2/3 and 3/4.
-    assert ap(net, 0) == pytest.approx((1 + 2 / 3 + 3 / 4) / 3)
-    assert ap(net, 0, k=3) == pytest.approx((1 + 2 / 3) / 3)
-    assert ap(net, 1) == pytest.approx(1 / 2)  # one relevant image, at place 2
-    assert ap(net, 2) == 0  # none
-    assert ap(net, 0, 1, 2, k=3) == pytest.approx((5 / 9 + 1 / 2 + 0) / 3)
-    assert ap(far, 0) == pytest.approx((1 / 2 + 2 / 3 + 3 / 5) / 3)  # from the other end
+    # Relevant at ranks 1, 3 and 4, with precisions 1, 2/3 and 3/4.
+    assert ap(source_net, 0) == pytest.approx((1 + 2 / 3 + 3 / 4) / 3)
+    assert ap(source_net, 0, k=3) == pytest.approx((1 + 2 / 3) / 3)
+    assert ap(source_net, 1) == pytest.approx(1 / 2)  # one relevant image, at rank 2
+    assert ap(source_net, 2) == 0  # none
+    assert ap(source_net, 0, 1, 2, k=3) == pytest.approx((5 / 9 + 1 / 2 + 0) / 3)
+    assert ap(shifted_net, 0) == pytest.approx((1 / 2 + 2 / 3 + 3 / 5) / 3)  # from the other end
 
 
 def test_features_are_the_input_of_the_last_unit_averaged_over_pixels(val):
-    maps = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Sequential(nn.Flatten(), nn.Linear(180, 4)))
-    features = run_all.features(Task(maps, val, val, FAST), maps, val[0])
-    torch.testing.assert_close(features, maps[0](val[0] / 255).mean((2, 3)).detach())
+    net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Sequential(nn.Flatten(), nn.Linear(180, 4)))
+    net, val = in_float64(net, val)
+    expected = net[0](val[0]).mean((2, 3)).detach()
+    torch.testing.assert_close(run_all.features(net, val[0]), expected)
 
 
 # ---------------------------------------------------------------- image-to-image units
@@ -675,31 +892,42 @@ def test_image_to_image_units_start_as_the_identity_and_learn(source, train, val
     x = torch.rand(3, 3, 32, 40, generator=generator())
     torch.testing.assert_close(unit(x), x, rtol=0, atol=1e-5)
     settings = FAST
-    if kind is models.SpatialTransformer:  # is not for colours and noise
+    if kind is models.SpatialTransformer:  # it cannot mend colors and noise, but a shift
         settings = replace(FAST, lr=1e-3)
-        draws = images(33, seed=2), images(100, seed=3)
-        train, val = ((shifts.affine(x, [0.0], [[1.0, 1.0]], [[-2.0, 0.0]]), y) for x, y in draws)
-    result = fine_tune(nn.Sequential(unit, *source), 1, train, val, settings)
-    assert result.history[0][1] == flextune.accuracy(source, val, FAST)
-    assert not same(result.net[0], unit)
-    assert all(same(a, b) for a, b in zip(result.net[1:], source))
+        shift = partial(shifts.affine, angle=[0.0], scale=[[1.0, 1.0]], move=[[-2.0, 0.0]])
+        train, val = [(shift(x), y) for x, y in (images(33, seed=2), images(100, seed=3))]
+    result = tune(nn.Sequential(unit, *source), 1, train, val, settings)
+    assert not same_state(result.net[0], unit)
+    for tuned_unit, source_unit in zip(result.net[1:], source):
+        assert same_state(tuned_unit, source_unit)
     assert result.accuracy > result.history[0][1]
 
 
 def test_flex_with_an_image_to_image_unit_is_flex_with_one_more_candidate(source, train, val):
-    plain = flextune.flex(Task(source, train, val, FAST))
-    more = run_all.flex_i2i(Task(source, train, val, FAST), "yuv")
-    assert [*more.tuned] == [1, 2, 4, 5, "all", 0]
-    assert all(same(more.tuned[unit].net, plain.tuned[unit].net) for unit in plain.tuned)
-    assert more.tuned[0].units == (0,) and len(more.tuned[0].net) == 6
-    assert all(same(a, b) for a, b in zip(more.tuned[0].net[1:], source))
-    assert more.chosen == arg_max({unit: result.accuracy for unit, result in more.tuned.items()})
+    flex = flextune.flex(Task(source, train, val, FAST))
+    flex_i2i = run_all.flex_i2i(Task(source, train, val, FAST), "yuv")
+    assert list(flex_i2i.tuned) == [1, 2, 4, 5, "all", 0]
+    for unit in flex.tuned:
+        assert same_state(flex_i2i.tuned[unit].net, flex.tuned[unit].net)
+    result = flex_i2i.tuned[0]
+    assert result.units == (0,)
+    assert len(result.net) == 6
+    for unit, source_unit in zip(result.net[1:], source):
+        assert same_state(unit, source_unit)
+    accuracies = {unit: result.accuracy for unit, result in flex_i2i.tuned.items()}
+    assert flex_i2i.chosen == first_arg_max(accuracies)
 
 
 def test_the_kind_of_image_to_image_unit_follows_the_shift():
-    affine = "rotation", "scaling-symmetric", "scaling-stretch", "transform-random"
-    kinds = dict.fromkeys(("yuv", "hsv"), models.Pixelwise)
-    kinds |= dict.fromkeys((*affine, "transform-fixed"), models.SpatialTransformer)
+    kinds = {
+        "yuv": models.Pixelwise,
+        "hsv": models.Pixelwise,
+        "rotation": models.SpatialTransformer,
+        "scaling-symmetric": models.SpatialTransformer,
+        "scaling-stretch": models.SpatialTransformer,
+        "transform-random": models.SpatialTransformer,
+        "transform-fixed": models.SpatialTransformer,
+    }
     for _, target in run_all.SCENARIOS:
         assert run_all.image_to_image(target) is kinds.get(target, models.UNet)
 
@@ -915,6 +1143,10 @@ def test_a_target_shifts_the_splits_it_is_tuned_and_tested_on(mnist, monkeypatch
 ARRAY = np.arange(2 * 28 * 28, dtype=np.uint8).reshape(2, 28, 28)
 
 
+def md5(content):
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
 def test_files_that_are_not_mnist(mnist):
     for labels in (np.zeros(7, np.uint8), np.zeros(0, np.uint8), np.full(200, 10, np.uint8)):
         (mnist / "mnist" / "t10k-labels-idx1-ubyte").write_bytes(idx(labels))
@@ -923,7 +1155,7 @@ def test_files_that_are_not_mnist(mnist):
 
 
 @pytest.fixture
-def server():
+def server(monkeypatch):
     """An HTTP server: a dictionary of path to (headers, body[, pause, how often]), and its URL."""
     pages = {}
 
@@ -948,6 +1180,7 @@ def server():
         def log_message(self, *_):
             pass
 
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield pages, f"http://127.0.0.1:{running.server_port}"
@@ -958,7 +1191,7 @@ def test_fetch_gets_the_whole_file_or_none(tmp_path, server, monkeypatch):
     pages, url = server
     body = bytes(range(256)) * 4000
     pages["/good"] = {}, body
-    right, seen = hashlib.md5(body).hexdigest(), []
+    right, seen = md5(body), []
     path = shifts.fetch(f"{url}/good", tmp_path / "new" / "good", right, seen.append)
     assert path.read_bytes() == body and seen[-1] == "downloading good, 0 of 0 MiB"
     pages["/cut"] = {"Content-Length": len(body) + 1}, body
@@ -968,7 +1201,7 @@ def test_fetch_gets_the_whole_file_or_none(tmp_path, server, monkeypatch):
     pages["/endless"] = {"Content-Length": ""}, body, 0, 99
     monkeypatch.setattr(shifts, "TIMEOUT", 0.3)
     monkeypatch.setattr(shifts, "MOST", 1 << 20)
-    for page, md5, reason in (
+    for page, expected_md5, reason in (
         (f"{url}/good", "0" * 32, f"its MD5 is not {'0' * 32}"),
         (f"{url}/cut", None, "ended|IncompleteRead"),
         (f"{url}/none", None, "404|Not Found"),
@@ -979,7 +1212,7 @@ def test_fetch_gets_the_whole_file_or_none(tmp_path, server, monkeypatch):
         ("http://127.0.0.1:1/x", None, "refused"),
     ):
         with pytest.raises(shifts.MissingError, match=reason) as caught:
-            shifts.fetch(page, tmp_path / "none", md5, print, missing="x")
+            shifts.fetch(page, tmp_path / "none", expected_md5, print, missing="x")
         assert re.fullmatch("x is missing, and .*: put it there", str(caught.value))
     assert [path.name for path in tmp_path.rglob("*")] == ["new", "good"]
 
@@ -1046,7 +1279,7 @@ def test_cifar_is_downloaded_and_split_by_batches_without_deer(tmp_path, server,
     members = {f"cifar-10-batches-bin/{name}": batch.tobytes() for name, batch in batches.items()}
     body = tar(members | {"cifar-10-batches-bin/../../out.bin": b"", "readme.html": b""})
     pages["/cifar.tar.gz"] = {}, body
-    here = {"url": f"{url}/cifar.tar.gz", "md5": hashlib.md5(body).hexdigest()}
+    here = {"url": f"{url}/cifar.tar.gz", "md5": md5(body)}
     monkeypatch.setitem(shifts.ORIGINS, "cifar", replace(shifts.ORIGINS["cifar"], **here))
     shifts.provide(shifts.needs("cifar", "noisy"), tmp_path / "data")
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
@@ -1171,9 +1404,9 @@ def test_mnist_is_downloaded_where_it_is_missing(tmp_path, mnist, server, monkey
     for path in (mnist / "mnist").iterdir():
         raw = gzip.decompress(path.read_bytes()) if path.suffix else path.read_bytes()
         pages[f"/{path.name.removesuffix('.gz')}.gz"] = {}, gzip.compress(raw)
-    md5 = {f"mnist{page}": hashlib.md5(body).hexdigest() for page, (_, body) in pages.items()}
-    md5 = {name: md5[name] for name in shifts.ORIGINS["mnist"].md5}  # in their order
-    monkeypatch.setitem(shifts.ORIGINS, "mnist", shifts.Files(f"{url}/", md5))
+    sums = {f"mnist{page}": md5(body) for page, (_, body) in pages.items()}
+    sums = {name: sums[name] for name in shifts.ORIGINS["mnist"].md5}  # in their order
+    monkeypatch.setitem(shifts.ORIGINS, "mnist", shifts.Files(f"{url}/", sums))
     shifts.provide(shifts.needs("mnist", "blurry"), tmp_path / "new")
     folders = mnist, tmp_path / "new"
     expected, found = (shifts.load("mnist", None, root)["pool"] for root in folders)
@@ -1212,33 +1445,42 @@ def test_without_pillow_nothing_is_downloaded(tmp_path, monkeypatch):
 
 
 def test_the_4_layer_network_learns_the_built_in_digits_and_every_shift_hurts(monkeypatch):
-    splits = {"source": 2000, "pool": 10, "val": 10, "test": 500}
-    digits = {split: shifts.draw_digits(n, generator(n)) for split, n in splits.items()}
-    numbers = {split: shifts.draw_house_numbers(n, generator(n)) for split, n in splits.items()}
-    monkeypatch.setattr(shifts, "_builtin", {"mnist": digits, "svhn": numbers}.get)
-    own, settings = shifts.load("mnist", None, None), Settings(device="cpu")
+    sizes = {"source": 2000, "pool": 10, "val": 10, "test": 500}
+    digits = {split: shifts.draw_digits(n, generator(n)) for split, n in sizes.items()}
+    house_numbers = {
+        split: shifts.draw_house_numbers(n, generator(n)) for split, n in sizes.items()
+    }
+    monkeypatch.setattr(shifts, "_builtin", {"mnist": digits, "svhn": house_numbers}.get)
+    domain = shifts.load("mnist", None, None)
     net = run_all.seeded(models.mnist_net, 0).to(memory_format=torch.channels_last)
-    net = fine_tune(net, "all", own["source"], own["val"], settings, epochs=4).net
-    assert flextune.accuracy(net, own["test"], FAST) >= 0.97
-    for _, target in [pair for pair in run_all.SCENARIOS if pair[0] == "mnist"]:
-        shifted = shifts.load("mnist", target, None)["test"]
-        assert flextune.accuracy(net, shifted, FAST) < 0.87, target
+    net = tune(net, "all", domain["source"], domain["val"], Settings(device="cpu"), epochs=4).net
+    assert flextune.accuracy(net, domain["test"]) >= 0.97
+    for source, target in run_all.SCENARIOS:
+        if source == "mnist":
+            shifted = shifts.load("mnist", target, None)["test"]
+            assert flextune.accuracy(net, shifted) < 0.87, target
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_small_networks_are_the_authors(channels):
-    four, seven = models.mnist_net(channels), models.cifar_net(channels)
-    assert [*four._modules] == ["conv1", "conv2", "fc1", "fc2"]
-    assert [*seven._modules] == [*(f"conv{n}" for n in range(1, 6)), "fc1", "fc2"]
-    shapes = [(32, channels, 5, 5), (32,), (64, 32, 5, 5), (64,)]
-    shapes += [(1024, 3136), (1024,), (10, 1024), (10,)]
-    assert [tuple(weight.shape) for weight in four.parameters()] == shapes
-    shapes = [(out, width, 3, 3) for width, out in pairwise((channels, 32, 64, 128, 256, 512))]
-    shapes += [(1024, 2048), (9, 1024)]
-    assert [tuple(w.shape) for w in seven.parameters() if w.dim() > 1] == shapes
-    for net, side, classes in ((four, 28, 10), (seven, 32, 9)):
+def test_the_small_networks_are_those_of_the_authors(channels):
+    four_layers = models.mnist_net(channels)
+    assert list(four_layers._modules) == ["conv1", "conv2", "fc1", "fc2"]
+    shapes = [tuple(weight.shape) for weight in four_layers.parameters()]
+    conv_shapes = [(32, channels, 5, 5), (32,), (64, 32, 5, 5), (64,)]
+    assert shapes == conv_shapes + [(1024, 3136), (1024,), (10, 1024), (10,)]
+
+    seven_layers = models.cifar_net(channels)
+    conv_names = ["conv1", "conv2", "conv3", "conv4", "conv5"]
+    assert list(seven_layers._modules) == [*conv_names, "fc1", "fc2"]
+    shapes = [tuple(weight.shape) for weight in seven_layers.parameters() if weight.dim() > 1]
+    widths = [channels, 32, 64, 128, 256, 512]
+    conv_shapes = [(outputs, inputs, 3, 3) for inputs, outputs in pairwise(widths)]
+    assert shapes == conv_shapes + [(1024, 2048), (9, 1024)]
+
+    for net, side, classes in ((four_layers, 28, 10), (seven_layers, 32, 9)):
         assert net(torch.rand(2, channels, side, side)).shape == (2, classes)
-        assert [layer.p for layer in net.modules() if isinstance(layer, nn.Dropout)] == [0.5]
+        dropout = [layer.p for layer in net.modules() if isinstance(layer, nn.Dropout)]
+        assert dropout == [0.5]
 
 
 def test_the_small_networks_start_as_glorot_uniform_and_zero():
@@ -1247,110 +1489,131 @@ def test_the_small_networks_start_as_glorot_uniform_and_zero():
             if weight.dim() == 1:
                 assert (weight == 0).all()
                 continue
-            size = weight[0, 0].numel() if weight.dim() > 2 else 1
-            limit = (6 / (size * (weight.shape[0] + weight.shape[1]))) ** 0.5
+            kernel_size = weight[0, 0].numel() if weight.dim() > 2 else 1
+            limit = math.sqrt(6 / (kernel_size * (weight.shape[0] + weight.shape[1])))
             assert 0.9 * limit < weight.abs().max() <= limit
-            assert weight.std().item() == pytest.approx(limit / 3**0.5, rel=0.1)
+            assert weight.std().item() == pytest.approx(limit / math.sqrt(3), rel=0.1)
 
 
-def tensornets():
-    """Names and values, in the order of TensorNets' file, of weights that can be drawn again."""
-    rng, weights = np.random.default_rng(0), {}
-    theirs = {"weight": "weights", "bias": "biases", "running_mean": "moving_mean"}
-    theirs |= {"running_var": "moving_variance", "bn/bias": "bn/beta", "pointwise/bias": "biases"}
-    theirs |= {"linear/weight": "weights", "linear/bias": "biases"}
-    theirs |= {f"{kind}wise/weight": f"{kind}wise_weights" for kind in ("depth", "point")}
+TENSORNETS_ENDINGS = {  # our names end in these: theirs end in those; the longest ending counts
+    "weight": "weights",
+    "bias": "biases",
+    "running_mean": "moving_mean",
+    "running_var": "moving_variance",
+    "bn/bias": "bn/beta",
+    "pointwise/bias": "biases",
+    "linear/weight": "weights",
+    "linear/bias": "biases",
+    "depthwise/weight": "depthwise_weights",
+    "pointwise/weight": "pointwise_weights",
+}
+
+
+def tensornets_weights(rng):
+    """Arrays by name, in the order of TensorNets' file, as the reference's weights were drawn."""
+    arrays = {}
     for key, tensor in models.inception2().state_dict().items():
-        name, shape = key.replace(".", "/"), tuple(tensor.shape)
+        name = key.replace(".", "/")
         if name.endswith("num_batches_tracked"):
             continue
-        ours = max(filter(name.endswith, theirs), key=len)
-        name = name.removesuffix(ours) + theirs[ours]
-        if len(shape) > 1:
-            shape = *shape[2:], *shape[1::-1]  # height, width, in, out
+        ending = max(filter(name.endswith, TENSORNETS_ENDINGS), key=len)
+        name = name.removesuffix(ending) + TENSORNETS_ENDINGS[ending]
+        shape = tuple(tensor.shape)
         if "depthwise" in name:
-            shape = 7, 7, 3, 8
+            shape = (7, 7, 3, 8)
+        elif len(shape) == 4:
+            shape = (shape[2], shape[3], shape[1], shape[0])  # height, width, in, out
+        elif len(shape) == 2:
+            shape = (shape[1], shape[0])
         if name.endswith("moving_variance"):
             array = rng.uniform(0.5, 1.5, shape)
+        elif name.endswith("weights"):
+            array = rng.normal(0, math.sqrt(2 / np.prod(shape[:-1])), shape)
         else:
-            deviation = (2 / np.prod(shape[:-1])) ** 0.5 if name.endswith("weights") else 0.1
-            array = rng.normal(0, deviation, shape)
-        weights[name] = array.astype(np.float32)
-    return weights, rng
+            array = rng.normal(0, 0.1, shape)
+        arrays[name] = array.astype(np.float32)
+    return arrays
 
 
-def save_weights(path, weights, kind="U"):
-    values = np.empty(len(weights), object)
-    values[:] = list(weights.values())
-    np.savez(path, names=np.array(list(weights), kind), values=values)
+def save_weights(path, arrays, names_dtype="U"):
+    values = np.empty(len(arrays), object)
+    values[:] = list(arrays.values())
+    np.savez(path, names=np.array(list(arrays), names_dtype), values=values)
+
+
+def load_weights(path):
+    return models.load_inception2(path, md5(path.read_bytes()))
 
 
 def test_inception2_is_tensornets(tmp_path):
-    """What TensorNets 0.4.6 computes for these weights and images."""
-    weights, rng = tensornets()
-
-    def load(path):
-        return models.load_inception2(path, hashlib.md5(path.read_bytes()).hexdigest())
-
-    assert len(weights) == 277 and list(weights)[-1] == "logits/biases"
-    save_weights(tmp_path / "inception2.npz", weights)
-    net = load(tmp_path / "inception2.npz").eval()
-    # Python 2 has names of bytes, and TensorFlow ends those of variables in :0.
-    save_weights(tmp_path / "old.npz", {f"{name}:0": a for name, a in weights.items()}, kind="S")
-    old = load(tmp_path / "old.npz").state_dict()
-    assert all(torch.equal(old[name], tensor) for name, tensor in net.state_dict().items())
-    assert len(net) == 13 and flextune.candidates(net) == [*range(1, 14)]
+    """The expected logits are what TensorNets 0.4.6 computes for these weights and images."""
+    rng = np.random.default_rng(0)
+    arrays = tensornets_weights(rng)
+    assert len(arrays) == 277
+    save_weights(tmp_path / "inception2.npz", arrays)
+    net = load_weights(tmp_path / "inception2.npz").eval()
+    assert flextune.candidates(net) == list(range(1, 14))
     x = torch.from_numpy(rng.uniform(-1, 1, (2, 224, 224, 3)).astype(np.float32))
     with torch.no_grad():
-        logits, six = (one((x.permute(0, 3, 1, 2) + 1) / 2) for one in (net, models.pacs_head(net)))
+        logits = net((x.permute(0, 3, 1, 2) + 1) / 2)
     expected = torch.tensor(
         [[2.605820, 10.158383, -1.355881, -5.800961], [2.669776, 10.081590, -1.250955, -5.664542]]
     )
     torch.testing.assert_close(logits[:, [0, 1, 499, 999]], expected, rtol=0, atol=1e-4)
-    assert torch.equal(six, logits[:, [167, 385, 354, 402, 339, 449]])  # dog to house
+
+    # Python 2 wrote names of bytes, and TensorFlow ends those of variables in ":0".
+    old_arrays = {f"{name}:0": array for name, array in arrays.items()}
+    save_weights(tmp_path / "old.npz", old_arrays, names_dtype="S")
+    assert same_state(load_weights(tmp_path / "old.npz"), net)
 
 
 @pytest.mark.parametrize("size", [5, 6, 7, 8, 32, 33])
-@pytest.mark.parametrize("kernel", [3, 7])
-def test_same_padding_is_tensorflows(size, kernel):
-    """Where the padding is odd, the last pixel of it is at the bottom and on the right."""
+@pytest.mark.parametrize("kernel_size", [3, 7])
+def test_same_padding_is_that_of_tensorflow(size, kernel_size):
+    """Of an odd number of pixels, the additional one is at the bottom and on the right."""
     x = torch.rand(1, 1, size, size + 1, generator=generator()) + 1
-    padded = models.Same(kernel)(x)[0, 0]
-    for dim, n in enumerate(x.shape[2:]):
-        total = max((-(-n // 2) - 1) * 2 + kernel - n, 0)
-        line = padded.amax(1 - dim) > 0
-        assert line.tolist() == [False] * (total // 2) + [True] * n + [False] * (-(-total // 2))
+    padded = models.SamePad(kernel_size)(x)[0, 0]
+    for dim, length in enumerate(x.shape[2:]):
+        total = max((math.ceil(length / 2) - 1) * 2 + kernel_size - length, 0)
+        before = [False] * (total // 2)
+        after = [False] * math.ceil(total / 2)
+        is_image = padded.amax(1 - dim) > 0
+        assert is_image.tolist() == before + [True] * length + after
     assert torch.equal(padded[padded > 0], x.flatten())
 
 
 @pytest.mark.parametrize("size", [(31, 45), (40, 40), (96, 65)])
 def test_inception2_takes_images_of_any_size(size):
-    x, shapes = torch.rand(2, 3, *size), []
+    x = torch.rand(2, 3, *size)
+    sizes = []
     for unit in models.inception2(classes=6, width=0.1).eval():
         x = unit(x)
-        shapes.append(x.shape[2:])
-    for unit, halvings in ((0, 2), (1, 3), (4, 4), (9, 5)):
-        assert shapes[unit] == tuple(-(-n // 2**halvings) for n in size)
+        sizes.append(x.shape[2:])
+    for unit, num_halvings in ((1, 2), (2, 3), (5, 4), (10, 5)):
+        assert sizes[unit - 1] == tuple(math.ceil(n / 2**num_halvings) for n in size)
     assert x.shape == (2, 6)
 
 
 def test_no_other_file_of_weights_is_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("opens it"))
     save_weights(tmp_path / "few.npz", {"logits/biases": np.zeros(1000, np.float32)})
-    for name in ("few", "none"):
+    for name in ("few.npz", "missing.npz"):
         with pytest.raises(models.WeightsError, match="must be TensorNets' file"):
-            models.load_inception2(tmp_path / f"{name}.npz")
+            models.load_inception2(tmp_path / name)
 
 
-def test_statistics_of_the_batch_where_they_are_asked_for(source, train, val):
-    settings = replace(FAST, batch_statistics=True, batch_size=11)
-    result = fine_tune(source, [1, 5], train, val, settings)
-    assert not torch.equal(result.net[0][1].running_mean, source[0][1].running_mean)
-    assert torch.equal(result.net[1][1].running_mean, source[1][1].running_mean)
-    assert result.accuracy == flextune.accuracy(result.net, val, FAST)
-    net, one = around(nn.BatchNorm1d(192)), replace(settings, batch_size=32)  # of 33: 32 and one
-    with pytest.raises(ValueError, match="unit 2, in training: Expected more than 1 value"):
-        flextune.flex(Task(net, train, val, one, pytest.fail))
+def test_pacs_takes_rows_of_the_last_layer_of_any_network():
+    last_unit = nn.Sequential(nn.ReLU(), nn.Linear(9, 1000))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 9), last_unit)
+    head = models.pacs_head(net)
+    rows = [167, 385, 354, 402, 339, 449]  # dog, elephant, giraffe, guitar, horse, house
+    assert torch.equal(head[2][1].weight, last_unit[1].weight[rows])
+    assert torch.equal(head[2][1].bias, last_unit[1].bias[rows])
+    assert head(torch.rand(3, 3, 2, 2)).shape == (3, 6)
+    assert last_unit[1].out_features == 1000
+    for wrong in (net[:2], nn.Sequential(nn.Flatten())):
+        with pytest.raises(ValueError, match="must be a linear one of 1000 classes"):
+            models.pacs_head(wrong)
 
 
 @pytest.mark.parametrize("name", shifts.BUILT_IN)
@@ -1442,6 +1705,8 @@ def test_every_method_from_start_to_finish(quick, capsys):
     assert by["ft-fc-1"].items() >= candidates["4"].items()
     assert by["ft-all"].items() >= candidates["all"].items()
     assert by["fast-flex"]["candidates"]["all"] == candidates["all"]
+    (chosen,) = by["faster-flex"]["candidates"].values()  # one epoch of all is not ft-all
+    assert by["faster-flex"]["epochs"] == chosen["epochs"] + 1
 
 
 def test_runs_take_the_source_networks_by_turns(quick):
@@ -1574,7 +1839,7 @@ def test_the_tables_mark_what_a_reader_should_know(capsys):
     rows = [row("ft-all", seed, a, units=[1, 2, 3, 4]) for seed, a in ((1, 0.4), (2, 0.6))]
     rows.append(row("ft-ss", 1, 0.5, diverged=True))
     for seed, unit, a in ((1, "1", 0.9), (2, "2", 0.7)):
-        ones = {unit: {"val": a, "test": a}, "all": {"val": 0.1, "test": 0.1}}
+        ones = {unit: {"val": a, "test": a}}
         more = {"proxies": {"1": 0.4}, "chosen": unit, "candidates": ones}
         rows.append(row("faster-flex", seed, a, **more))
     run_all.print_scenario(*next(iter(run_all.grouped(rows).items())))
@@ -1584,7 +1849,6 @@ def test_the_tables_mark_what_a_reader_should_know(capsys):
     assert "0.928" in table["ft-ss"] and table["ft-ss"].endswith("diverged")
     assert "0.900 " in table["1 conv1"]  # tuned in one of the two runs
     assert table["1 conv1"].endswith("faster-flex (1 of 2)")
-    assert "all" not in table  # one epoch of all is not ft-all
 
 
 def flex_row(seed, tests, chosen, **more):
@@ -1676,7 +1940,7 @@ def test_figure_2_sums_the_ranks_over_the_ratios():
 
 
 def test_certainty_is_printed_with_the_choice(capsys):
-    sure = {"runner_up": "all", "lead": 0.018, "error": 0.004, "bound": 0.023}
+    sure = {"runner_up": "all", "lead": 0.018, "standard_error": 0.004, "bound": 0.023}
     rows = [flex_row(0, TESTS, "2", certainty=sure)]
     rows += [flex_row(1, TESTS, "3", tied=["3", "4"], certainty=sure | {"lead": 0.020})]
     for runs, lead in ((1, "0.018"), (2, "0.019")):
@@ -1762,7 +2026,7 @@ with test_flextune.pytest.MonkeyPatch.context() as patch:
 
 
 def test_ranks_that_are_started_again_and_killed_sweeps_end_with_the_same_table(tmp_path):
-    (tmp_path / "driver.py").write_text(DRIVER.format(here=str(HERE)))
+    (tmp_path / "driver.py").write_text(DRIVER.format(here=str(HERE)), encoding="utf-8")
     sweep = SWEEP.replace("--ratio 3 30", "--ratio 3")
     options = f"{sweep} --methods source ft-fc-1 flex --device cpu --table 3 --out"
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1"
@@ -1780,8 +2044,10 @@ def test_ranks_that_are_started_again_and_killed_sweeps_end_with_the_same_table(
 
     one, killed = start("one"), start("three")
     while not list((tmp_path / "three").glob("*.json")):
+        assert killed.poll() is None  # it goes on
         time.sleep(0.1)
     killed.kill()
+    killed.communicate()
     expected = table(one)
     assert table(start("two", torchrun)) == expected  # in the first attempt, rank 1 is killed
     assert len(list((tmp_path / "two").glob("*.json"))) == 4 * 3
@@ -1793,13 +2059,14 @@ ONE = "--source mnist --target blurry --ratio 30 --runs 1 --data builtin"
 
 
 def test_the_saved_network_has_the_reported_accuracy(quick):
-    domain, net = shifts.load("mnist", "blurry", None), models.mnist_net()
+    domain = shifts.load("mnist", "blurry", None)
+    net = models.mnist_net().to(memory_format=torch.channels_last)  # as the network was tuned
     for method, methods in (("flex", "ft-all flex"), ("ft-all", "ft-all")):  # that is run again
         quick(f"{ONE} --methods {methods} --save kept/net.pt")
         net.load_state_dict(torch.load("kept/net.pt", weights_only=True))
         (row,) = (row for row in results() if row["method"] == method)
         for split in ("val", "test"):
-            assert flextune.accuracy(net, domain[split], FAST) == row[split]
+            assert flextune.accuracy(net, domain[split]) == row[split]
 
 
 def test_a_broken_source_network_or_result_is_made_anew(quick):
@@ -1817,7 +2084,8 @@ def test_a_broken_source_network_or_result_is_made_anew(quick):
 
 def test_progress_tells_the_time_left(monkeypatch, capsys):
     now = iter([0, 1, 30, 31, 60])
-    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    clock = types.SimpleNamespace(perf_counter=lambda: next(now))
+    monkeypatch.setattr(run_all, "time", clock)
     progress = run_all.Progress(1.0, 3.0)
     progress.begin(0, "first")
     progress(0.5, "half")  # 30 s for an eighth
@@ -1826,6 +2094,16 @@ def test_progress_tells_the_time_left(monkeypatch, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "[1/2] first" and lines[1] == "[1/2] first, half; all: about 4 min"
     assert lines[2:] == ["[2/2] second; all: about 3 min"]
+
+
+def test_progress_is_rewritten_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for text in ("one", "two" * 99, ""):
+        run_all.print_progress(text)
+    written = capsys.readouterr().err
+    assert written.startswith("\rone\x1b[K\rtwo")
+    assert written.endswith("\r\x1b[K")
+    assert "\n" not in written
 
 
 def test_without_data_and_network_the_built_in_digits_are_announced(quick, capsys):
@@ -1860,7 +2138,7 @@ def test_benchmark(quick, capsys):
     out = capsys.readouterr().out
     rows = re.findall(r"^(?:literal|ours) (.*)$", out, re.MULTILINE)
     a = np.array([[*map(float, line.split()[1:])] for line in rows])
-    assert a.shape == (6, 5) and np.abs(a[::2] - a[1::2]).max() <= 0.02
+    assert a.shape == (6, 5) and np.abs(a[::2] - a[1::2]).max() <= 0.04  # of 60 images, one or two
     assert len(re.findall(r"\n\d+\.\d\d times as fast\n", out)) == 3
 
 
@@ -1881,7 +2159,9 @@ def test_benchmark(quick, capsys):
         (f"{ONE} --methods ft-all --figures there", "--table 1 need flex among the --methods"),
         (f"{ONE} --network none.py:build", "of units (FileNotFoundError"),
         (f"{ONE} --network net.py:nn", "gives an nn.Sequential of units (TypeError"),
-        (f"{ONE} --network net.py:few", "must fit the network's 3 classes"),
+        (f"{ONE} --network net.py:few", "labels must be from 0 to 2, the network's classes"),
+        (f"{ONE} --network net.py:color", "to have 3 channels, but got 1 channels"),
+        ("--device cuda:99", "--device: there is no cuda:99 on this machine"),
         ("--target sketch --data builtin --network net.py:build", "it needs real data (--data)"),
     ],
 )
@@ -1899,6 +2179,9 @@ def build():
 
 def few():
     return nn.Sequential(nn.Flatten(), nn.Linear(784, 3))
+
+def color():
+    return nn.Sequential(nn.Conv2d(3, 10, 28), nn.Flatten())
 """
 
 
@@ -1916,15 +2199,6 @@ def test_another_network(quick, capsys, mnist):
     assert len(results()) == 9 and len([*Path("results").glob("*.pt")]) == 2
 
 
-def test_pacs_takes_rows_of_the_last_layer_of_any_network():
-    last = nn.Sequential(nn.ReLU(), nn.Linear(9, 1000))
-    net, x = nn.Sequential(nn.Flatten(), nn.Linear(12, 9), last), torch.rand(3, 3, 2, 2)
-    torch.testing.assert_close(models.pacs_head(net)(x), net(x)[:, list(models.PACS_ROWS.values())])
-    for wrong in (net[:2], nn.Sequential(nn.Flatten())):
-        with pytest.raises(ValueError, match="must be a linear one of 1000 classes"):
-            models.pacs_head(wrong)
-
-
 MEMORY = "error: out of memory: try less than --cache-gib 2"
 
 
@@ -1934,7 +2208,7 @@ MEMORY = "error: out of memory: try less than --cache-gib 2"
         (KeyboardInterrupt(), 130, "interrupted; finished runs are in the folder of results"),
         (MemoryError(), 2, MEMORY),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, MEMORY),
-        (ValueError("unit 2: DefaultCPUAllocator: you tried to allocate 9 bytes"), 2, MEMORY),
+        (RuntimeError("DefaultCPUAllocator: you tried to allocate 9 bytes"), 2, MEMORY),
     ],
 )
 @pytest.mark.parametrize("where", [(shifts, "load"), (run_all, "execute")])
@@ -1947,25 +2221,26 @@ def test_an_interrupt_and_too_little_memory(quick, capsys, monkeypatch, where, e
     assert said == f"run_all.py: {line}"
 
 
-LIST = "run_all.py --list --data builtin"
-
-
-def test_any_streams():
+def test_a_stream_that_cannot_be_written_is_no_traceback():
     """Under a profiler, without a stdout or stderr, on a full disk, without UTF-8; all at once."""
-    commands = {
-        "{} -m cProfile {}": 0,
-        "{} {} >&-": 0,
-        "{} {} 2>&-": 0,
-        "{} {} >/dev/full": 2,
-        "LC_ALL=C PYTHONUTF8=0 PYTHONIOENCODING=ascii {} {}": 0,
+    python = shlex.quote(sys.executable)
+    command = "run_all.py --list --data builtin"
+    expected_status = {
+        f"{python} -m cProfile {command}": 0,
+        f"{python} {command} >&-": 0,
+        f"{python} {command} 2>&-": 0,
+        f"{python} {command} >/dev/full": 2,
+        f"LC_ALL=C PYTHONUTF8=0 PYTHONIOENCODING=ascii {python} {command}": 0,
     }
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    lines = [line.format(sys.executable, LIST) for line in commands]
-    runs = [subprocess.Popen(line, shell=True, cwd=HERE, **pipes) for line in lines]
-    for run, status in zip(runs, commands.values(), strict=True):
-        _, said = run.communicate()
-        assert run.returncode == status, said
-        assert "Traceback" not in said and "Exception" not in said
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    options = {"shell": True, "cwd": HERE, "env": buffered, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    processes = [subprocess.Popen(line, **options, **pipes) for line in expected_status]
+    for process, status in zip(processes, expected_status.values()):
+        _, stderr = process.communicate()
+        assert process.returncode == status, stderr
+        assert "Traceback" not in stderr
+        assert "Exception" not in stderr
 
 
 # ---------------------------------------------------------------- broken files
@@ -2116,25 +2391,35 @@ def test_every_mode_of_image_is_right_or_refused(tmp_path):
 # ---------------------------------------------------------------- files that are copied away
 
 
-@pytest.mark.parametrize("name", ["flextune", "models", "shifts"])
-def test_each_module_works_alone(tmp_path, name):
-    """From an empty folder, with nothing else of ours to import; flextune.py with torch alone."""
-    shutil.copy(HERE / f"{name}.py", tmp_path)
-    without = {"flextune", "models", "shifts", "run_all"} - {name}
-    program = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n"
-    program += f"sys.modules.update(dict.fromkeys({without}))\nimport {name} as module\n"
-    if name == "flextune":
-        program = program.replace("\n", "\nsys.modules['numpy'] = None\n", 1)
-        program += """
+ALONE = """
+import sys
+for module in {missing}:
+    sys.modules[module] = None  # cannot be imported
+import {name}
+"""
+FLEX_ALONE = """
 import torch
+from flextune import Settings, Task, fast_flex, faster_flex, flex
 net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
 data = torch.rand(9, 3, 2, 2), torch.arange(9) % 3
-for select in (module.flex, module.fast_flex, module.faster_flex):
-    print(select(module.Task(net, data, data, module.Settings(max_epochs=5))).chosen)
+for select in (flex, fast_flex, faster_flex):
+    print(select(Task(net, data, data, Settings(max_epochs=5))).chosen)
 """
-    python = [sys.executable, "-I", "-c", program]
-    out = subprocess.run(python, cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True).stdout
-    assert out.split() == (["2", "2", "2"] if name == "flextune" else [])
+
+
+@pytest.mark.parametrize("name", ["flextune", "models", "shifts"])
+def test_each_module_works_alone(tmp_path, name):
+    """Copied to an empty folder, without our other files; flextune.py even without NumPy."""
+    shutil.copy(HERE / f"{name}.py", tmp_path)
+    missing = {"flextune", "models", "shifts", "run_all"} - {name}
+    program = ALONE.format(name=name, missing=missing)
+    expected = ""
+    if name == "flextune":
+        program = ALONE.format(name=name, missing={"numpy", *missing}) + FLEX_ALONE
+        expected = "2\n2\n2\n"
+    python = [sys.executable, "-c", program]
+    done = subprocess.run(python, cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True)
+    assert done.stdout == expected
 
 
 # ---------------------------------------------------------------- any model as units
@@ -2143,13 +2428,17 @@ for select in (module.flex, module.fast_flex, module.faster_flex):
 class Block(nn.Module):
     """A residual block as torchvision has it, in-place ReLUs included, and stochastic depth."""
 
-    def __init__(self, width, out, stride):
+    def __init__(self, inputs, outputs, stride=1):
         super().__init__()
-        self.conv1 = nn.Conv2d(width, out, 3, stride, 1, bias=False)
-        self.bn1, self.relu = nn.BatchNorm2d(out), nn.ReLU(inplace=True)
-        self.conv2, self.bn2 = nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
-        shortcut = nn.Conv2d(width, out, 1, stride, bias=False), nn.BatchNorm2d(out)
-        self.downsample = nn.Sequential(*shortcut) if stride > 1 else nn.Identity()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample = nn.Identity()
+        if stride > 1:
+            conv = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(outputs))
 
     def forward(self, x):
         y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
@@ -2161,14 +2450,18 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """torchvision's ResNet-18, narrow, with a dropout that is no module."""
 
-    def __init__(self):
-        super().__init__()  # below with 8 channels: with 4 torch 2.13 crashes
-        self.conv1, self.bn1 = nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8)
-        self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
-        for number, (width, out) in enumerate(((8, 8), (8, 16), (16, 16), (16, 16)), 1):
-            blocks = Block(width, out, 1 if number == 1 else 2), Block(out, out, 1)
-            setattr(self, f"layer{number}", nn.Sequential(*blocks))
-        self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(16, 10)
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 7, 2, 3, bias=False)  # torch 2.13 crashes with 4 channels
+        self.bn1 = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.layer1 = nn.Sequential(Block(8, 8), Block(8, 8))
+        self.layer2 = nn.Sequential(Block(8, 16, stride=2), Block(16, 16))
+        self.layer3 = nn.Sequential(Block(16, 16, stride=2), Block(16, 16))
+        self.layer4 = nn.Sequential(Block(16, 16, stride=2), Block(16, 16))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(16, num_classes)
 
     def forward(self, x):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
@@ -2177,97 +2470,187 @@ class ResNet(nn.Module):
         return self.fc(nn.functional.dropout(x, 0.1, self.training))
 
 
-class Tokens(nn.Module):
-    """A small transformer: weights of its own, a loop over blocks, branches on shapes, a dict."""
-
-    _version = 2
-
-    def _load_from_state_dict(self, state, prefix, metadata, *others):
-        assert metadata["version"] == 2  # as torchvision's MNASNet does
-        super()._load_from_state_dict(state, prefix, metadata, *others)
-
+class Encoder(nn.Module):
     def __init__(self):
         super().__init__()
-        self.embed, self.place = nn.Embedding(20, 8), nn.Parameter(torch.rand(1, 6, 8))
-        layers = (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(3))
-        self.encoder, self.head = nn.Module(), nn.Linear(8, 3)
-        self.pooler = nn.Linear(8, 8)  # never used, but in the state
-        self.encoder.layers = nn.ModuleList(layers)
-        self.encoder.forward = self.encode
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(8)
+        )
 
-    def encode(self, x, mask=None):
-        for layer in self.encoder.layers:
+    def forward(self, x, mask=None):
+        for layer in self.layers:
             x = layer(x, mask)
         return x
 
+
+class Embeddings(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(20, 8)
+
     def forward(self, tokens):
-        x = self.embed(tokens) + self.place[:, : tokens.shape[1]]
+        return self.words(tokens)
+
+
+class Transformer(nn.Module):
+    """As Hugging Face writes them: it reads attributes of its modules, and returns a dictionary.
+
+    It has weights of its own, a module that it never calls, and branches on shapes.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.embeddings = Embeddings()
+        self.position = nn.Parameter(torch.rand(1, 6, 8))
+        self.encoder = Encoder()
+        self.pooler = nn.Linear(8, 8)  # never called, but in the state_dict
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, tokens):
+        dtype = self.embeddings.words.weight.dtype
+        x = self.embeddings(tokens).to(dtype) + self.position[:, : tokens.shape[1]]
         if x.shape[0] > 99 or len(x.shape) != 3:
             raise AssertionError
-        return {"hidden": x, "logits": self.head(self.encoder(x, mask=None)[:, 0])}
+        x = self.encoder(x, mask=None)
+        return {"hidden": x, "logits": self.head(x[:, 0])}
 
 
-BLOCKS = [f"layer{n}.{m}" for n in (1, 2, 3, 4) for m in (0, 1)]
+class Decoder(Transformer):
+    """It looks at the token ids once more to find the last one, as GPT-2 does to classify."""
+
+    def forward(self, tokens):
+        logits = self.head(self.encoder(self.embeddings(tokens) + self.position))
+        last = (tokens != 99).sum(1) - 1  # 99 is the padding
+        return logits[torch.arange(len(tokens)), last]
+
+
+class TiedHead(Transformer):
+    """Its last layer reads the weight of the embedding."""
+
+    def forward(self, tokens):
+        x = self.encoder(self.embeddings(tokens))[:, 0]
+        return self.head(x) + (x @ self.embeddings.words.weight.T)[:, :3]
+
+
 PIXELS = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-WORDS = torch.randint(20, (4, 6), generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randint(20, (4, 6), generator=torch.Generator().manual_seed(0))
+BLOCKS = [f"layer{n}.{m}" for n in (1, 2, 3, 4) for m in (0, 1)]
+EIGHT_UNITS = ["conv1", "layer1", "layer2.0", "layer2.1", "layer3.0", "layer3.1", "layer4", "fc"]
+
+
+def wrapped(names):
+    return [f"0.{name}" for name in names]
 
 
 @pytest.mark.parametrize(
-    "build, units, names",
+    "build, options, names",
     [
-        (ResNet, 1, ["conv1", *BLOCKS, "fc"]),
-        (lambda: nn.Sequential(ResNet(), nn.ReLU()), 1, ["0"]),
-        (lambda: nn.Sequential(ResNet()), ["0"], [f"0.{n}" for n in ("conv1", *BLOCKS, "fc")]),
-        (lambda: nn.Sequential(ResNet()), 5, [f"0.{n}" for n in ("conv1", *BLOCKS, "fc")]),
+        (ResNet, {}, EIGHT_UNITS),
+        (ResNet, {"num_units": 1}, ["conv1", "layer1", "layer2", "layer3", "layer4", "fc"]),
+        (ResNet, {"num_units": 10}, ["conv1", *BLOCKS, "fc"]),
+        (
+            ResNet,
+            {"num_units": 1, "open": ["layer4"]},
+            ["conv1", "layer1", "layer2", "layer3", "layer4.0", "layer4.1", "fc"],
+        ),
+        (lambda: nn.Sequential(ResNet(), nn.ReLU()), {}, wrapped(EIGHT_UNITS)),
+        (lambda: nn.Sequential(nn.Sequential(ResNet())), {}, wrapped(wrapped(EIGHT_UNITS))),
     ],
 )
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NO_CUDA)])
-def test_split_gives_what_the_model_gives(build, units, names, device):
+def test_split_gives_what_the_model_gives(build, options, names, device):
     torch.manual_seed(0)
-    model, pixels = build().to(device), PIXELS.to(device)
+    model = build().to(device)
+    pixels = PIXELS.to(device)
     next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d)).eval()
-    before, modes = copy.deepcopy(model), [module.training for module in model.modules()]
-    net = flextune.split(model, pixels, units)
-    assert [name.replace("/", ".") for name in net._modules] == names
-    assert same(model, before) and modes == [module.training for module in model.modules()]
+    before = copy.deepcopy(model)
+    modes_before = [module.training for module in model.modules()]
+    net = models.split(model, pixels, **options)
+    assert list(flextune.unit_names(net).values()) == names
+    assert same_state(model, before)
+    assert [module.training for module in model.modules()] == modes_before
     for training in (True, False):
-        for images in (pixels, pixels[:3]):
-            given = []
-            for one in (before, net):
+        for inputs in (pixels, pixels[:3]):
+            logits = []
+            for network in (before, net):
                 torch.manual_seed(1)
-                given.append(copy.deepcopy(one).train(training)(images))
-            assert torch.equal(*given)
-    assert {w.data_ptr() for w in net.parameters()} == {w.data_ptr() for w in model.parameters()}
-    assert flextune.original(net, model).keys() == model.state_dict().keys()
+                logits.append(copy.deepcopy(network).train(training)(inputs))
+            assert torch.equal(logits[0], logits[1])
 
 
-def test_split_and_back_again():
-    """A model of tokens, with a weight of its own, the first unit's: tuned, loaded, as accurate."""
+def test_split_shares_the_weights_of_the_model():
+    model = Transformer()
+    net = models.split(model, TOKENS)
+    assert {id(weight) for weight in net.parameters()} == {id(w) for w in model.parameters()}
+    assert len(list(net.parameters())) == len(list(model.parameters()))  # each in one unit only
+
+
+@pytest.mark.parametrize(
+    "build, x, names",
+    [
+        (ResNet, PIXELS, EIGHT_UNITS),
+        (
+            Transformer,
+            TOKENS,
+            ["embeddings", *(f"encoder.layers.{n}" for n in range(8)), "head"],
+        ),
+    ],
+)
+def test_tuned_weights_are_loaded_back_into_the_users_own_model(build, x, names):
     torch.manual_seed(0)
-    model, y = Tokens(), torch.tensor([0, 1, 2, 0])
-    net = flextune.split(model, WORDS)
-    assert [*net._modules] == ["embed", "encoder", "head"]
-    task = Task(net, (WORDS, y), (WORDS, y), FAST)
-    result = flextune.flex(task).tuned["all"]
-    model.load_state_dict(flextune.original(result.net, model))
-    logits = model.eval()(WORDS)["logits"].detach()
-    assert (logits.argmax(1) == y).float().mean().item() == result.accuracy
-    torch.testing.assert_close(logits, result.net(WORDS), rtol=0, atol=1e-5)
+    model = build()
+    y = torch.tensor([0, 1, 2, 0])
+    net = models.split(model, x)
+    if x.is_floating_point():
+        net = net.to(memory_format=torch.channels_last)
+    assert list(flextune.unit_names(net).values()) == names
+    result = flextune.flex(Task(net, (x, y), (x, y), FAST)).tuned["all"]
+    before = copy.deepcopy(model)
+    net.load_state_dict(result.net.state_dict())
+    assert not same_state(model, before)
+    assert model.state_dict().keys() == before.state_dict().keys()
+    logits = model.eval()(x)
+    if isinstance(logits, dict):
+        logits = logits["logits"]
+    assert torch.equal(logits, result.net(x))
+    assert naive_accuracy(net, (x, y)) == result.accuracy
 
 
-def test_split_refuses_what_it_cannot_give():
-    class Numpy(nn.Module):
-        def forward(self, x):
-            return x * float(np.random.rand()) if self.training else x
+class NumPyRandom(nn.Module):
+    def forward(self, x):
+        return x * float(np.random.rand()) if self.training else x
 
-    random = nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), Numpy(), nn.Linear(8, 2))
-    for model, units, message in (
-        (random, 1, "cannot split .*: the units differ for 4 images"),
-        (Tokens(), 1, "cannot split"),
-        (ResNet(), "layer9", "the model has no modules of these names: layer9"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            flextune.split(model, PIXELS, units)
+
+@pytest.mark.parametrize(
+    "model, x, options, message",
+    [
+        (ResNet(), PIXELS, {"open": ["layer9"]}, "the model has no modules of these names: layer9"),
+        (ResNet(), PIXELS[:1], {}, "split needs two or more inputs"),
+        (
+            Decoder(),
+            TOKENS,
+            {},
+            "head cannot begin a unit: the model passes more than one tensor on",
+        ),
+        (TiedHead(), TOKENS, {"num_units": 1}, "head cannot begin a unit: "),
+        (nn.Sequential(nn.Flatten(), nn.Linear(3072, 8)), PIXELS, {}, "fewer than two modules"),
+        (
+            nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), NumPyRandom(), nn.Linear(8, 2)),
+            PIXELS,
+            {},
+            "for 4 inputs and training=True",
+        ),
+    ],
+    ids=["no such module", "one input", "token ids", "tied weights", "one layer", "random"],
+)
+def test_split_says_why_a_model_cannot_be_split(model, x, options, message):
+    with pytest.raises(ValueError, match=message):
+        models.split(model, x, **options)
+
+
+def test_errors_of_the_model_itself_pass():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        models.split(nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5)), torch.rand(2, 3))
 
 
 # ---------------------------------------------------------------- README
@@ -2283,17 +2666,23 @@ def test_the_example_of_the_readme(tmp_path, monkeypatch, capsys):
     functional = types.SimpleNamespace(normalize=lambda x, mean, deviation: (x - 0.45) / 0.22)
     torchvision.transforms = types.SimpleNamespace(functional=functional)
     monkeypatch.setitem(sys.modules, "torchvision", torchvision)
-    (code,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
-    short = "Settings(lr=1e-2, max_epochs=5, batch_size=32"
-    for old, new in (("400", "40"), ("Settings(lr=1e-4, batch_size=32", short)):
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    shorter = {
+        "400": "40",
+        "Settings(lr=1e-4, batch_size=32": "Settings(lr=1e-2, max_epochs=5, batch_size=32",
+    }
+    for old, new in shorter.items():
         assert old in code
         code = code.replace(old, new)
-    exec(code, variables := {})  # noqa: S102
-    out, err = capsys.readouterr()
-    assert re.search(r"tuned: .*\ntied: .*lead", out) and "unit 1 conv1: epoch 5, validation" in err
-    model = ResNet()
-    model.fc = nn.Linear(16, 5)
+    variables = {}
+    exec(code, variables)  # noqa: S102
+    out = capsys.readouterr().out
+    assert "unit 1 conv1: epoch 5, validation" in out
+    assert re.search("tuned: .*\ntied: .*lead", out)
+    model = ResNet(num_classes=5).to(memory_format=torch.channels_last)
     model.load_state_dict(torch.load("tuned.pt", weights_only=True))
     x, y = variables["val"]
-    a = (model.eval()(x).argmax(1) == y).float().mean().item()
-    assert a == pytest.approx(variables["selection"].result.accuracy)
+    is_correct = model.eval()(x).argmax(1) == y
+    accuracy = is_correct.double().mean().item()
+    assert accuracy == pytest.approx(variables["selection"].result.accuracy)
