@@ -1,4 +1,4 @@
-"""Flex-tuning: find the one unit of a pretrained network to fine-tune on data of another look.
+"""Flex-tuning: find the one unit of a pretrained network to fine-tune on different-looking data.
 
 Royer & Lampert, "A Flexible Selection Scheme for Minimum-Effort Transfer Learning", WACV 2020.
 This file needs only PyTorch. Copy it into your project:
@@ -14,8 +14,8 @@ net  an nn.Sequential that returns logits [N, classes]. Its children are the uni
 x    [N, ...]: uint8 images (the network gets x / 255), float images or features, or int64 tokens
 y    [N]: int64 class labels
 
-The given network and data are never changed. Training is faster on many CPUs and GPUs after
-`net.to(memory_format=torch.channels_last)`. On CUDA, results are reproducible with
+The given network and data are never changed. Convolutional networks are often faster after
+`net.to(memory_format=torch.channels_last)`; on CUDA, they give reproducible results with
 `torch.backends.cudnn.deterministic = True`.
 """
 
@@ -43,15 +43,15 @@ class Settings:
     check_every: int = 5  # validate every this many epochs; the paper: 5 to 10
     patience: int = 5  # stop after this many validations without improvement
     max_epochs: int = 300  # upper limit on the number of epochs
-    batch_statistics: bool = (
-        False  # False: BatchNorm keeps its running averages in tuned units, too
-    )
+    batch_statistics: bool = False  # True: BatchNorm in tuned units is in training mode
     top_k: int = 1  # a prediction is correct if the label is among the k largest logits
-    seed: int = 0  # for shuffling, dropout and augment (as far as it draws from PyTorch)
+    seed: int = 0  # for shuffling, dropout, and random numbers that augment draws from PyTorch
     device: str | torch.device | None = None  # None: CUDA if available, else the CPU
     cache_bytes: int = 2 * 1024**3  # memory limit for cached outputs of frozen units
     bfloat16: bool = False  # train under bfloat16 autocast; validation keeps full precision
-    augment: Callable | None = None  # batch -> batch, in training; images are in [0, 1] by then
+    augment: Callable | None = (
+        None  # batch -> batch, in training, after uint8 images became x / 255
+    )
     loss: Callable = nn.functional.cross_entropy  # loss(logits [B, classes], labels [B]) -> scalar
 
     def __post_init__(self):
@@ -75,7 +75,7 @@ class Result:
     net: nn.Sequential  # its frozen units are those of the task: deepcopy it before changing it
     units: tuple[int, ...]  # numbers of the tuned units
     accuracy: float  # of `net` on the validation set, between 0 and 1
-    best_epoch: int  # the epoch after which `net` was kept; 0 is the source network
+    best_epoch: int  # the epoch of the returned state; 0 is the source network
     epochs: int  # epochs trained, including those after the best one
     seconds: float  # wall time
     history: list[tuple[int, float]]  # (epoch, validation accuracy); epoch 0 is the source network
@@ -183,7 +183,8 @@ def surgery(net: nn.Sequential, tuned: nn.Sequential, unit: int) -> nn.Sequentia
 def candidates(net: nn.Sequential) -> list[int]:
     """The numbers of the units that have parameters, in ascending order.
 
-    Units without parameters, such as dropout, are only active when all units are tuned.
+    Units without parameters, such as dropout, are no candidates. They are only in training mode
+    when all units are tuned.
     """
     return [number for number, unit in enumerate(net, start=1) if list(unit.parameters())]
 
@@ -197,7 +198,8 @@ def certainty(task: Task, selection: Selection, delta: float = 0.05) -> dict:
         standard_error: Standard error of the lead.
         bound: With probability at least 1 - delta, the validation accuracy of every candidate is
             within this distance of its expected accuracy. Section 3.3: Hoeffding's inequality and
-            a union bound over the candidates, ignoring that epochs are also selected.
+            a union bound over the candidates. It ignores that the best epoch of each candidate
+            was selected on the same validation set.
     """
     if selection.proxies:
         raise ValueError("certainty needs a selection of flex, which tunes every candidate")
@@ -233,23 +235,25 @@ def ft_fc(task: Task, n: int = 1) -> Result:
 
 
 def ft_ss(task: Task) -> Result:
-    """Fine-tune the last unit, and scales and shifts of the frozen weights below it.
+    """Fine-tune the last unit, and scales and shifts of the frozen weights in the units below it.
 
-    After Sun et al., "Meta-Transfer Learning for Few-Shot Learning", CVPR 2019: every convolution
-    gets a scale (initially 1) per kernel and a shift (initially 0) per output channel, every linear
-    layer a scale and a shift per output. In the returned network they are folded into the weights
-    and biases, so layers below the last unit have biases even if they had none before.
+    After Sun et al., "Meta-Transfer Learning for Few-Shot Learning", CVPR 2019: every nn.Conv1d,
+    nn.Conv2d and nn.Conv3d gets a scale (initially 1) per kernel and a shift (initially 0) per
+    output channel, every nn.Linear a scale and a shift per output. In the returned network they are
+    folded into the weights and biases, so layers below the last unit have biases even if they had
+    none before. Dropout is active in all units.
     """
     last_unit = candidates(task.net)[-1]
     scaled_net = copy.deepcopy(task.net)
     for layer in list(scaled_net[: last_unit - 1].modules()):
         _add_scale_and_shift(layer)
-    # BatchNorm keeps its statistics: on batch statistics a shift before it would have no effect.
+    # With batch statistics, BatchNorm would subtract the shift of the layer before it.
     settings = replace(task.settings, batch_statistics=False)
     scaled_task = Task(scaled_net, task.train, task.val, settings, task.report)
+    # All parameters are now the scales, the shifts, and those of the last unit.
     result = fine_tune(scaled_task, "all")
 
-    folded_net = copy.deepcopy(surgery(task.net, result.net, last_unit)).eval()
+    folded_net = copy.deepcopy(surgery(task.net, result.net, last_unit))
     for name, layer in result.net[: last_unit - 1].named_modules():
         if parametrize.is_parametrized(layer):
             folded = folded_net.get_submodule(name)
@@ -261,10 +265,10 @@ def ft_ss(task: Task) -> Result:
 def _add_scale_and_shift(layer: nn.Module) -> None:
     """Freeze the layer's own parameters; linear and conv layers get a scale and a shift."""
     if parametrize.is_parametrized(layer):
-        raise ValueError("ft_ss cannot scale a weight that is parametrized already (weight_norm?)")
+        raise ValueError("ft_ss cannot scale a weight that is already parametrized (weight_norm?)")
     for name, weight in list(layer.named_parameters(recurse=False)):
         delattr(layer, name)
-        layer.register_buffer(name, weight.detach())  # buffers are not trained
+        layer.register_buffer(name, weight.detach())  # `fine_tune` trains every parameter
     if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         # Training the bias is the same as training a shift that is added to it.
         if layer.bias is None:
@@ -301,10 +305,11 @@ def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None
         epochs: Train for exactly this many epochs and return the final state (Algorithm 3,
             line 1). By default, training stops early and the best state on D_val is returned.
 
-    Frozen units do not change at all: no gradients, no BatchNorm updates, no dropout.
-    The source network (epoch 0) does not compete for the best state. If a weight becomes NaN or
-    infinite, training stops, and the best state before that is returned with `diverged` set. If
-    there was no validation before that, it is the source network.
+    Frozen units do not change at all: no gradients, no BatchNorm updates, no dropout. In tuned
+    units every parameter is trained, whatever its `requires_grad` was in the given network.
+    The source network (epoch 0) does not compete for the best state. If a weight is NaN or infinite
+    at a validation, training stops, and the best state before that is returned with `diverged` set.
+    If there is none, that is the source network, which then competes in the selection.
     Results are kept in `task.results`, so nothing is trained twice.
 
     Raises ValueError if there is no such unit or no gradient reaches it. Errors in the network, the
@@ -337,7 +342,8 @@ def _train(task: Task, unit_numbers: tuple[int, ...], epochs: int | None) -> Res
     num_frozen = unit_numbers[0] - 1
     num_cached, x = task.cached_outputs("train", 0 if settings.augment else num_frozen)
 
-    net = _copy_units(task.net, unit_numbers).eval().requires_grad_(False)
+    net = _copy_units(task.net, unit_numbers)
+    net.eval().requires_grad_(False)  # again: a caller may have changed units shared by results
     tuned = nn.ModuleList(net[number - 1] for number in unit_numbers).requires_grad_(True)
     optimizer = torch.optim.Adam(tuned.parameters(), lr=settings.lr, fused=True)
     shuffle_rng = torch.Generator().manual_seed(settings.seed)
@@ -366,6 +372,7 @@ def _train(task: Task, unit_numbers: tuple[int, ...], epochs: int | None) -> Res
                 f"validation {accuracy:.3f}, at most {seconds_left:.0f} s left"
             )
 
+        # The first validation always counts, because the source network does not compete.
         improved = best_epoch == 0 or accuracy > best_accuracy
         if improved or epochs is not None:
             best_epoch, best_accuracy = epoch, accuracy
@@ -376,7 +383,8 @@ def _train(task: Task, unit_numbers: tuple[int, ...], epochs: int | None) -> Res
         if checks_without_improvement == settings.patience:
             break
 
-    if not optimizer.state:
+    trained_weights = list(optimizer.state)  # Adam has a state for what received a gradient
+    if not trained_weights:
         raise ValueError("no gradient reached the tuned units: does the network use them?")
     return Result(
         net=best_net.eval(),
@@ -386,7 +394,7 @@ def _train(task: Task, unit_numbers: tuple[int, ...], epochs: int | None) -> Res
         epochs=epoch,
         seconds=time.perf_counter() - start_time,
         history=history,
-        num_trained=sum(weight.numel() for weight in optimizer.state),
+        num_trained=sum(weight.numel() for weight in trained_weights),
         diverged=diverged,
     )
 
@@ -432,7 +440,7 @@ def _copy_units(net: nn.Sequential, unit_numbers: Iterable[int]) -> nn.Sequentia
 
 
 def _set_train_mode(tuned: nn.Module, batch_statistics: bool) -> None:
-    """Training mode, except for BatchNorm and InstanceNorm unless they may use batch statistics."""
+    """Training mode, but BatchNorm and InstanceNorm are only in it if `batch_statistics` is set."""
     tuned.train()
     for module in tuned.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):  # BatchNorm and InstanceNorm
@@ -446,8 +454,8 @@ class Task:
     """What every algorithm is given: the source network N, D_train, D_val and the settings.
 
     Algorithms that get the same task share its frozen units, their cached outputs, and the networks
-    fine-tuned so far. A task is fixed: for other data or settings, make another one. The data is
-    not copied if it is on the device already, so do not change it as long as the task is in use.
+    fine-tuned so far. A task is fixed: for other data or settings, make another one. Data that is
+    already on the device is not copied, so do not modify it while the task is in use.
 
     Args:
         net: The source network, an nn.Sequential of units. It is copied.
@@ -486,30 +494,31 @@ class Task:
         default_device = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(settings.device or default_device)
         whole_net = copy.deepcopy(net).to(device).eval().requires_grad_(False)
+        # Copy each unit by itself, as is done for fine-tuning; `_check_outputs` compares the two.
         self.net = _copy_units(whole_net, range(1, len(net) + 1))
         self.train = (train[0].detach().to(device), train[1].to(device))
         self.val = (val[0].detach().to(device), val[1].to(device))
         self.settings = settings
         self.report = report
         self.results: dict[tuple, Result] = {}
-        self._check_outputs(whole_net)
-        self._cacheable = self._find_cacheable()
+        two_images = torch.cat([self.train[0][:1], self.val[0][:1]])
+        self._check_outputs(whole_net, two_images)
+        self._cacheable = self._find_cacheable(two_images)
         self._cache = {"train": (0, self.train[0]), "val": (0, self.val[0])}
         self.source_accuracy = self.accuracy(self.net)
 
     def __setattr__(self, name, value):
-        """Refuse to assign an attribute anew: results and caches depend on what it was before."""
+        """Forbid reassigning attributes: results and cached outputs depend on them."""
         if name in vars(self):
-            raise AttributeError(f"a task is fixed: make another one with another {name}")
+            raise AttributeError(f"a task is fixed: create a new Task to change {name}")
         super().__setattr__(name, value)
 
-    def _check_outputs(self, whole_net: nn.Sequential) -> None:
+    def _check_outputs(self, whole_net: nn.Sequential, two_images: torch.Tensor) -> None:
         """Refuse networks for which copying, caching or batching would change the result.
 
         `whole_net` is a copy of the given network; in `self.net` each unit is copied by itself.
         """
-        pair = prepare_batch(self.net, self.val[0][[0, -1]])
-        logits = self.net(pair.clone())
+        logits = self.net(prepare_batch(self.net, two_images))
         if not torch.is_tensor(logits) or logits.dim() != 2 or len(logits) != 2:
             raise ValueError("the network must return logits [N, classes]")
 
@@ -524,34 +533,35 @@ class Task:
             raise ValueError(f"top_k is {self.settings.top_k}, but there are {num_classes} classes")
 
         logits = logits.nan_to_num()
-        of_whole_net = whole_net(pair.clone()).nan_to_num()
-        of_single_image = self.net(pair[:1].clone()).nan_to_num()
+        of_whole_net = whole_net(prepare_batch(self.net, two_images)).nan_to_num()
+        of_one_image = self.net(prepare_batch(self.net, two_images[:1])).nan_to_num()
         tolerance = 1e-3 * logits.abs().max().item() + 1e-6
         if (of_whole_net - logits).abs().max() > tolerance:
             raise ValueError(
                 "units cannot be frozen: the network is random in evaluation mode, or its units "
-                "exchange data in another way than by their inputs and outputs"
+                "exchange data other than through their inputs and outputs"
             )
-        if (of_single_image - logits[:1]).abs().max() > tolerance:
+        if (of_one_image - logits[:1]).abs().max() > tolerance:
             raise ValueError(
                 "units cannot be frozen: the output for an image depends on the others in its batch"
             )
 
-    def _find_cacheable(self) -> list[int]:
-        """All n for which the output of the first n units is a tensor [N, ...] that may be cached.
+    def _find_cacheable(self, two_images: torch.Tensor) -> list[int]:
+        """The numbers of lowest units whose output may be cached; 0, the images, is the first.
 
-        `cache_bytes` has to suffice for the output on both sets. n = 0, the images, always counts.
+        An output may be cached if it is a tensor with a row for each image, and `cache_bytes`
+        suffices for both sets.
         """
         num_images = len(self.train[0]) + len(self.val[0])
         cacheable = [0]
-        pair = prepare_batch(self.net, self.val[0][[0, -1]])
-        single = pair[:1].clone()
+        of_two = prepare_batch(self.net, two_images)
+        of_one = prepare_batch(self.net, two_images[:1])
         for number, unit in enumerate(self.net, start=1):
-            pair = unit(pair)
-            single = unit(single)
-            if not torch.is_tensor(pair) or pair.shape[:1] != (2,) or single.shape[:1] != (1,):
+            of_two = unit(of_two)
+            of_one = unit(of_one)
+            if not torch.is_tensor(of_two) or of_two.shape[:1] != (2,) or of_one.shape[:1] != (1,):
                 continue
-            if single.nbytes * num_images <= self.settings.cache_bytes:
+            if of_one.nbytes * num_images <= self.settings.cache_bytes:
                 cacheable.append(number)
         return cacheable
 
@@ -559,8 +569,7 @@ class Task:
         """Numbers of units given as a number, a name, several of these, or "all"."""
         if hasattr(units, "tolist"):  # a tensor or an array
             units = units.tolist()
-        if isinstance(units, (int, str)):
-            units = [units]
+        units = [units] if isinstance(units, (int, str)) else list(units)
         if units == ["all"]:
             return tuple(range(1, len(self.net) + 1))
         known = {number: number for number in range(1, len(self.net) + 1)}
@@ -579,14 +588,14 @@ class Task:
 
     @torch.no_grad()
     def cached_outputs(self, dataset: str, num_frozen: int) -> tuple[int, torch.Tensor]:
-        """Outputs of the lowest units on "train" or "val", computed once and kept.
+        """Outputs of the lowest units on "train" or "val", kept until other ones are asked for.
 
         Returns (num_cached, outputs), with the largest num_cached <= num_frozen that may be cached.
         Frozen units above it run again in every batch.
         """
         target = max(number for number in self._cacheable if number <= num_frozen)
         num_cached, outputs = self._cache[dataset]
-        if num_cached > target:  # the cache is past the units asked for: start from the images
+        if num_cached > target:  # the kept outputs are of more units: start again from the images
             num_cached = 0
             outputs = self.train[0] if dataset == "train" else self.val[0]
         if num_cached < target:
@@ -595,14 +604,19 @@ class Task:
         return target, outputs
 
     def accuracy(self, net: nn.Sequential, num_frozen: int = 0) -> float:
-        """Top-k accuracy of `net` on D_val. Its lowest `num_frozen` units are those of the task."""
-        return self.correct(net, num_frozen).double().mean().item()
+        """Top-k accuracy of `net` on D_val.
+
+        The lowest `num_frozen` units of `net` must be those of the task: instead of running them,
+        their cached outputs are used.
+        """
+        is_correct = self.correct(net, num_frozen)
+        return is_correct.sum().item() / len(is_correct)
 
     def correct(self, net: nn.Sequential, num_frozen: int = 0) -> torch.Tensor:
         """Whether each validation image is classified correctly, bool [N]. See `accuracy`."""
         num_cached, x = self.cached_outputs("val", num_frozen)
-        logits = run_units(net, x, num_cached)
-        return is_correct(logits, self.val[1], self.settings.top_k)
+        logits = run_units(net, x, num_cached)  # (N, classes)
+        return in_top_k(logits, self.val[1], self.settings.top_k)
 
 
 # ---------------------------------------------------------------- evaluation
@@ -611,32 +625,34 @@ EVAL_BATCH_SIZE = 128
 
 
 def accuracy(net: nn.Sequential, data: tuple[torch.Tensor, torch.Tensor], top_k: int = 1) -> float:
-    """Top-k accuracy of `net` on any data (x, y), e.g. the test set, between 0 and 1."""
+    """Top-k accuracy of `net`, in evaluation mode, on any data (x, y), e.g. the test set."""
+    check_units(net)
     _check_data("data", data)
     x, y = data
     logits = run_units(copy.deepcopy(net), x)
-    return is_correct(logits, y.to(logits.device), top_k).double().mean().item()
+    is_correct = in_top_k(logits, y.to(logits.device), top_k)
+    return is_correct.sum().item() / len(is_correct)
 
 
 @torch.no_grad()
 def run_units(
     net: nn.Sequential, x: torch.Tensor, start: int = 0, stop: int | None = None
 ) -> torch.Tensor:
-    """The output of net[start:stop], in evaluation mode and in batches of equal size.
+    """The output of net[start:stop], in batches. Puts `net` in evaluation mode.
 
     `x` is the output of the units before, net[:start], or the images if start is 0.
     """
-    net.eval()
-    # Equal sizes, so that no batch is a single image at the end.
+    units = net.eval()[start:stop]
+    # Batches of nearly equal size: some units do not take a single image.
     batches = x.tensor_split(math.ceil(len(x) / EVAL_BATCH_SIZE))
-    return torch.cat([net[start:stop](prepare_batch(net, batch, start)) for batch in batches])
+    return torch.cat([units(prepare_batch(net, batch, start)) for batch in batches])
 
 
 def prepare_batch(net: nn.Sequential, x: torch.Tensor, start: int = 0) -> torch.Tensor:
     """Copy a batch for net[start:], which may change it in place.
 
-    Images and features (start = 0) get the dtype of the network's weights, and uint8 is scaled to
-    [0, 1]. Tokens and what one unit passes to the next stay what they are.
+    Images and features (start = 0) are converted to the dtype of the weights, and uint8 is divided
+    by 255. Tokens, and what one unit passes to the next, are left unchanged.
     """
     weight = next(net.parameters())
     if start > 0 or x.dtype == torch.int64:
@@ -645,7 +661,7 @@ def prepare_batch(net: nn.Sequential, x: torch.Tensor, start: int = 0) -> torch.
     return batch.div_(255) if x.dtype == torch.uint8 else batch
 
 
-def is_correct(logits: torch.Tensor, y: torch.Tensor, top_k: int = 1) -> torch.Tensor:
+def in_top_k(logits: torch.Tensor, y: torch.Tensor, top_k: int = 1) -> torch.Tensor:
     """Whether each label [N] is among the k largest of its logits [N, classes]: bool [N].
 
     Among equal logits the lower class counts as larger. A row with NaN is never correct.
@@ -664,8 +680,8 @@ def is_correct(logits: torch.Tensor, y: torch.Tensor, top_k: int = 1) -> torch.T
 
 def check_units(net: nn.Sequential) -> None:
     """Raise ValueError unless `net` is a plain nn.Sequential of separate units with parameters."""
-    if not isinstance(net, nn.Sequential) or type(net).forward is not nn.Sequential.forward:
-        raise ValueError("the network must be an nn.Sequential whose children are the units")
+    if type(net) is not nn.Sequential:  # net[:] of a subclass would call its own __init__
+        raise ValueError("the network must be a plain nn.Sequential whose children are the units")
     if net._parameters or net._buffers or net._forward_hooks or net._forward_pre_hooks:
         raise ValueError("the nn.Sequential itself must have no parameters, buffers or hooks")
     if not candidates(net):
@@ -674,7 +690,7 @@ def check_units(net: nn.Sequential) -> None:
         if weight.dtype not in (torch.float32, torch.float64):
             raise ValueError("the weights must be float32 or float64; for bfloat16 see Settings")
 
-    owner = {}  # unit number by address of the weight: tied weights may be views of each other
+    owner = {}  # unit number by address, not by parameter: two parameters may share their memory
     for number, unit in enumerate(net, start=1):
         for name, weight in unit.named_parameters():
             if weight.numel() == 0:
@@ -701,7 +717,7 @@ def _check_data(name: str, data: tuple) -> None:
 
 
 def unit_names(net: nn.Sequential) -> dict[int, str]:
-    """The names of the units that have one, by number. nn.Sequential's own are just numbers.
+    """The names of the units by number, except those that nn.Sequential gives itself (digits).
 
     "/" in a name stands for ".", which PyTorch does not allow in the name of a module.
     """
@@ -714,7 +730,8 @@ def unit_names(net: nn.Sequential) -> dict[int, str]:
 
 def label(net: nn.Sequential, *units: int | str) -> str:
     """Units as text, by number and, if they have one, by name: "8 layer4.0"."""
-    if units == ("all",) or len(units) == len(net) > 1:
+    are_all = len(units) == len(net) and len(net) > 1
+    if units == ("all",) or are_all:
         return "all"
     names = unit_names(net)
     return ", ".join(f"{unit} {names[unit]}" if unit in names else str(unit) for unit in units)

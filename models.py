@@ -13,8 +13,9 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ def cifar_net(channels: int = 3, width: float = 1.0) -> nn.Sequential:
         conv4=_conv_relu_pool(c3, c4, kernel_size=3),
         conv5=_conv_relu_pool(c4, c5, kernel_size=3),
         fc1=_hidden(c5 * 2 * 2, hidden),
-        fc2=nn.Linear(hidden, 9),
+        fc2=nn.Linear(hidden, 9),  # CIFAR-10 without deer
     )
     return _glorot_start(net)
 
@@ -57,7 +58,7 @@ def cifar_net(channels: int = 3, width: float = 1.0) -> nn.Sequential:
 def _conv_relu_pool(inputs: int, outputs: int, kernel_size: int) -> nn.Sequential:
     """A convolution with SAME padding, ReLU, and max pooling by 2.
 
-    ReLU after the pooling gives what it gives before it, for a quarter of the work.
+    ReLU and max pooling can change places: after the pooling, ReLU has a quarter of the work.
     """
     conv = nn.Conv2d(inputs, outputs, kernel_size, padding=kernel_size // 2)
     return nn.Sequential(conv, nn.MaxPool2d(2), nn.ReLU())
@@ -85,7 +86,10 @@ def _glorot_start(net: nn.Sequential) -> nn.Sequential:
 
 
 class Branches(NamedTuple):
-    """Output channels of the convolutions in an inception or reduction module."""
+    """Output channels of the convolutions in an inception module, or in a reduction module.
+
+    A reduction module halves the size of the image.
+    """
 
     conv1: int | None  # 1x1; None in a reduction module
     conv3: tuple[int, int]  # 1x1 that reduces, 3x3
@@ -93,7 +97,6 @@ class Branches(NamedTuple):
     projection: int | None  # 1x1 after a pooling; None in a reduction module
 
 
-REDUCTION_MODULES = ("block3c", "block4e")  # they halve the size of the image
 BRANCHES = {
     "block3a": Branches(64, (64, 64), (64, 96, 96), 32),
     "block3b": Branches(64, (64, 96), (64, 96, 96), 64),
@@ -137,7 +140,7 @@ def inception2(classes: int = 1000, width: float = 1.0) -> nn.Sequential:
     for name, branches in BRANCHES.items():
         conv3 = [scaled(n) for n in branches.conv3]
         double = [scaled(n) for n in branches.double]
-        if name in REDUCTION_MODULES:
+        if branches.conv1 is None:
             units[name] = _reduction_module(channels, conv3, double)
             channels += conv3[-1] + double[-1]
         else:
@@ -167,7 +170,7 @@ class ScaleToSigned(nn.Module):
 class SamePad(nn.Module):
     """TensorFlow's SAME padding before a layer of stride 2.
 
-    Of an odd number of pixels, the additional one goes to the bottom and to the right.
+    If the padding of both sides together is odd, the extra pixel goes to the bottom and right.
     """
 
     def __init__(self, kernel_size: int, value: float = 0.0):
@@ -178,7 +181,7 @@ class SamePad(nn.Module):
     def forward(self, x):
         padding = []  # left, right, top, bottom
         for size in (x.shape[3], x.shape[2]):
-            total = self.kernel_size - 2 + size % 2
+            total = self.kernel_size - 2 + size % 2  # for ceil(size / 2) outputs
             padding += [total // 2, total - total // 2]
         return pad(x, padding, value=self.value)
 
@@ -204,7 +207,6 @@ def _inception_module(
 
 
 def _reduction_module(inputs: int, conv3: list[int], double: list[int]) -> ConcatBranches:
-    """An inception module that halves the size of the image."""
     return ConcatBranches(
         {
             "3x3": _conv_stack(inputs, conv3, stride=2),
@@ -234,7 +236,7 @@ def _conv_bn_relu(
         before["pad"] = SamePad(kernel_size)
         padding = 0
     bn = nn.BatchNorm2d(outputs, eps=1e-3)
-    bn.register_parameter("weight", None)
+    bn.register_parameter("weight", None)  # no scale
     conv = nn.Conv2d(inputs, outputs, kernel_size, stride, padding, bias=False)
     return _named(**before, conv=conv, bn=bn, relu=nn.ReLU())
 
@@ -246,7 +248,7 @@ def _halving_pool() -> nn.Sequential:
 PACS_ROWS = {  # class of PACS: its row in ILSVRC's last layer, counted from 0 (authors' code)
     "dog": 167,
     "elephant": 385,
-    "giraffe": 354,
+    "giraffe": 354,  # the Arabian camel, as ILSVRC has no giraffe
     "guitar": 402,
     "horse": 339,
     "house": 449,
@@ -273,21 +275,22 @@ TENSORNETS_MD5 = "0476b876a5d35a99e2747f98248d856d"  # of inception2.npz
 
 
 class WeightsError(ValueError):
-    """A file of weights that cannot be used; the message says in a line what is wrong."""
+    """A file of weights that cannot be used; the message says in one line what is wrong."""
 
 
 def load_inception2(path: Path, md5: str = TENSORNETS_MD5) -> nn.Sequential:
     """Inception2 with the weights of TensorNets' `inception2.npz`.
 
-    The file is only opened if it has this MD5, because its arrays are pickled, and unpickling
-    can run any program. Raises WeightsError if it is another file.
+    The file is only unpickled if it has this MD5, because unpickling can run any program. Raises
+    WeightsError if it is another file.
     """
-    digest = None
-    if path.is_file():
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False))
-    if digest is None or digest.hexdigest() != md5:
-        raise WeightsError(f"{path} must be TensorNets' file, of MD5 {md5}: delete any other")
+    if not path.is_file():
+        raise WeightsError(f"{path} is missing: put TensorNets' file there")
+    with open(path, "rb") as file:
+        # Not for security: with this argument, MD5 is also available where it is forbidden.
+        digest = hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False))
+    if digest.hexdigest() != md5:
+        raise WeightsError(f"{path} is not TensorNets' file, whose MD5 is {md5}: delete it")
 
     net = inception2()
     state = net.state_dict()
@@ -299,12 +302,15 @@ def load_inception2(path: Path, md5: str = TENSORNETS_MD5) -> nn.Sequential:
 
 
 def _torch_name(name: str) -> str:
-    """The name in our state_dict of an array of TensorNets."""
-    name = name.split(":")[0]  # TensorFlow ends the names of variables in ":0"
+    """Translate the name of an array of TensorNets into its name in our state_dict.
+
+    For example, "block1/depthwise_weights:0" becomes "block1.depthwise.weight".
+    """
+    name = name.split(":")[0]
     for old, new in (
         ("block1/biases", "block1/pointwise_biases"),
         ("logits/", "logits/linear/"),
-        ("wise_", "wise/"),
+        ("wise_", "wise/"),  # of depthwise and pointwise
         ("weights", "weight"),
         ("biases", "bias"),
         ("beta", "bias"),
@@ -331,10 +337,10 @@ def _torch_layout(name: str, array: np.ndarray) -> torch.Tensor:
 # ---------------------------------------------------------------- image-to-image (section 5.4)
 #
 # Units to put in front of a network. They map images [N, channels, H, W] to images of the same
-# shape. Each starts as the identity, so that the network starts as what it was. The paper says what
-# kinds of units it uses; all else is our choice. (In the authors' code the U-Net is deeper and has
-# instance norm, the affine map has one angle, two scales and two moves, and the unit for colors
-# ends in a sigmoid.)
+# shape. Each starts as the identity, so that at first it does not change what the network returns.
+# The paper says what kinds of units it uses; all else is our choice. (In the authors' code the U-Net
+# is deeper and has instance norm, the affine map has one angle, two scales and two moves, and the
+# unit for colors ends in a sigmoid.)
 
 
 class Pixelwise(nn.Module):
@@ -355,8 +361,8 @@ class Pixelwise(nn.Module):
 class SpatialTransformer(nn.Module):
     """Transform each image by an affine map (Jaderberg et al., NIPS 2015).
 
-    A small network finds the map; it sees the image at 28 x 28 pixels. Pixels are interpolated
-    bilinearly, and black outside of the image.
+    A small network finds the map; it sees the image at 28 x 28 pixels. Bilinear interpolation;
+    pixels from outside the image are black.
     """
 
     def __init__(self, channels: int):
@@ -403,7 +409,7 @@ class UNet(nn.Module):
 
 
 def _zero_start(layer: nn.Module) -> nn.Module:
-    """The layer, with zero as its initial output."""
+    """Set the weights of a layer to zero, so that at first it returns zero."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -415,43 +421,50 @@ def _zero_start(layer: nn.Module) -> nn.Module:
 # which order the model calls its modules. Where a single tensor passes from the modules called so
 # far to all that follows, the model can be cut, and a unit is what `forward` does between two cuts.
 #
-# A unit contains a copy of the model in which only the unit's own modules are real. All others are
-# replaced by stubs. The unit runs the model's own `forward` from the beginning:
+# For example, a model that calls stem, block1, block2 and head is cut before block1, block2 and
+# head. The unit of block1 has a copy of the model in which block1 is the model's own module, and
+# the others are stubs. The unit runs the model's own `forward` from its beginning:
 #
-#   - The stub of an earlier module returns placeholders in the shape of the module's output.
-#   - When the unit's first module is called, its input is replaced by the input of the unit.
-#   - The stub of a later module ends the run. What it is called with is the output of the unit.
+#   - The stub of stem, an earlier module, returns a placeholder in the shape of stem's output.
+#   - When block1 is called, the placeholder that it gets is replaced by the input of the unit.
+#   - The stub of block2, a later module, ends the run. Its input is the output of the unit.
 #
-# What is computed from a placeholder is a placeholder, too. So whether the model can be cut
-# somewhere is found out by trying: if more than one tensor passes there, the unit that follows
-# returns a placeholder instead of the model's logits.
+# What is computed from a placeholder is a placeholder, too. So `_cut` finds out where the model can
+# be cut by trying: if a second tensor passes the cut (over a skip connection, say), it is a
+# placeholder in the next unit, and so are the logits.
 
 
 def split(
     model: nn.Module, x: torch.Tensor, num_units: int = 8, open: Iterable[str] = ()
 ) -> nn.Sequential:
-    """Make an `nn.Sequential` of units out of any model that passes single tensors on.
+    """Make an `nn.Sequential` of units out of a model.
 
-    The units run the model's own code and share its weights, so tuned weights are written into the
-    model by `net.load_state_dict(selection.result.net.state_dict())`. A layer without a weight
-    matrix, such as a norm, belongs to the unit of the layer before it. Weights that belong to none
-    of the modules that are called, such as a position embedding, belong to the first unit.
+    The units run the model's own code and contain its own modules, so tuned weights are written
+    into the model by `net.load_state_dict(selection.result.net.state_dict())`. What changes `net`
+    in another way, such as `net.eval()` or `net.to(device)`, changes the model's modules, too.
+
+    A unit is named after its first layer, which is a module with a weight matrix, and includes what
+    follows, such as a norm. Weights outside of all modules that are called, such as a position
+    embedding, belong to the first unit. The units take any number of inputs of the shape of x[0].
 
     Args:
         model: Called with one tensor; returns logits [N, classes], or a tuple that begins with
             them, or a dictionary with the key "logits".
         x: Two or more inputs of the model [N, ...], on its device.
-        num_units: The modules with most layers are opened, that is, cut inside, until there are
-            this many units, or all others have less than a unit's share of the layers.
-        open: Names of modules to open in any case, as in `model.named_modules()`.
+        num_units: Modules with many layers are cut inside, until there are this many units. There
+            may be more, or fewer if no module is left that has 1 / num_units of all layers.
+        open: Names of modules to cut inside in any case, as in `model.named_modules()`.
 
     Raises ValueError if the model cannot be cut, or if the units would not return the same logits
     as the model, bit for bit: in evaluation mode for x and for x[:1], in training mode for x.
     """
     modules = dict(model.named_modules())  # "" is the model itself
-    unknown = set(open) - set(modules)
+    opened = {open} if isinstance(open, str) else set(open)
+    unknown = opened - set(modules)
     if unknown:
         raise ValueError(f"the model has no modules of these names: {', '.join(unknown)}")
+    if num_units < 1:
+        raise ValueError(f"num_units must be at least 1, not {num_units}")
     if len(x) < 2:
         raise ValueError("split needs two or more inputs, to tell their number from other sizes")
 
@@ -461,11 +474,11 @@ def split(
             num_layers[name] = sum(weight.dim() > 1 for weight in module.parameters())
 
     called = _called_modules(model, x)
-    opened = set(open)
     net = None
     problem = "it is a single layer"
-    for name in sorted(num_layers, key=num_layers.get, reverse=True):  # "" is the first
-        is_small = num_layers[name] * num_units < num_layers[""]
+    # The module with the most layers comes first, that is "", which opens nothing else.
+    for name in sorted(num_layers, key=num_layers.get, reverse=True):
+        is_small = num_layers[name] < num_layers[""] / num_units
         is_enough = net is not None and len(net) >= num_units
         if is_small or is_enough:
             break
@@ -484,7 +497,7 @@ def split(
 
 @torch.no_grad()
 def _called_modules(model: nn.Module, x: torch.Tensor) -> set[str]:
-    """The names of the modules that the model calls. An `nn.ModuleList`, for one, is never called."""
+    """The names of the modules that the model calls. An `nn.ModuleList`, say, is never called."""
     called = set()
     model = copy.deepcopy(model).eval()
     for name, module in model.named_modules():
@@ -500,36 +513,39 @@ def _cut(model: nn.Module, x: torch.Tensor, called: set[str], opened: set[str]) 
     Raises ValueError if there is no cut, or the units do not return what the model returns.
     """
     closed = _closed_modules(model, called, opened)
-    calls, outputs, logits = _record_calls(model, x, closed)
-    names = [name for name, _ in calls]
-    weights = [{id(weight) for weight in closed[name].parameters()} for name in names]
-    is_layer = [any(weight.dim() > 1 for weight in closed[name].parameters()) for name in names]
-    make_unit = partial(_Unit, model, _without_weights(model), closed, outputs)
+    run = _record_run(model, x, closed)
+    weightless_model = _without_weights(model)
 
+    def make_unit(start: int, stop: int) -> _Unit:
+        names = [call.name for call in run.calls[start:stop]]
+        first_name = names[0] if start > 0 else ""
+        return _Unit(model, weightless_model, closed, run, names, first_name)
+
+    num_calls = len(run.calls)
+    weights = [set(closed[call.name].parameters()) for call in run.calls]
+    is_layer = [any(weight.dim() > 1 for weight in weights_of_call) for weights_of_call in weights]
     starts = [0]  # index of the first call of each unit
     problem = "it calls fewer than two modules with weights (is it wrapped or compiled?)"
-    for index in range(1, len(calls)):
-        name, tensor = calls[index]
-        if tensor is None or not is_layer[index] or not any(is_layer[:index]):
+    for index, call in enumerate(run.calls):
+        # A unit begins with a layer. Only the first one may begin with something else.
+        if not is_layer[index] or not any(is_layer[:index]) or call.tensor is None:
             continue
         if set().union(*weights[:index]) & set().union(*weights[index:]):
-            problem = f"{name} and modules before it use the same weights"
+            problem = f"{call.name} and modules before it use the same weights"
             continue
-        rest = make_unit(names[index:], name)
-        difference = _difference(rest, tensor, logits, training=False)
+        rest = make_unit(index, num_calls)
+        difference = _difference(rest, call.tensor, run.logits, training=False)
         if difference is None:
             starts.append(index)
         else:
-            problem = f"{name} cannot begin a unit: {difference}"
+            problem = f"{call.name} cannot begin a unit: {difference}"
     if len(starts) == 1:
         raise ValueError(problem)
 
     net = nn.Sequential()
-    for start, end in zip(starts, [*starts[1:], len(calls)]):
-        first_layer = names[is_layer.index(True, start)]
-        start_name = names[start] if start > 0 else ""
-        unit = make_unit(names[start:end], start_name)
-        net.add_module(first_layer.replace(".", "/"), unit)  # names may not have a dot
+    for start, stop in pairwise([*starts, num_calls]):
+        first_layer = run.calls[is_layer.index(True, start)].name
+        net.add_module(first_layer.replace(".", "/"), make_unit(start, stop))  # no dot is allowed
 
     for inputs, training in ((x, False), (x[:1], False), (x, True)):
         difference = _difference(net, inputs, _run(model, inputs, training), training)
@@ -539,30 +555,41 @@ def _cut(model: nn.Module, x: torch.Tensor, called: set[str], opened: set[str]) 
 
 
 def _closed_modules(model: nn.Module, called: set[str], opened: set[str]) -> dict[str, nn.Module]:
-    """The outermost modules that are called and not opened, by name. No cut is inside of them."""
+    """The outermost modules that are called and not opened, by name. They are never cut inside."""
     closed = {}
     for name, module in model.named_modules():
-        is_open = any(f"{other}.".startswith(f"{name}.") for other in opened)  # or around one
+        # A module is also opened if one inside of it is.
+        is_opened = any(f"{other}.".startswith(f"{name}.") for other in opened)
         is_inside = any(name.startswith(f"{other}.") for other in closed)
-        if name in called and name != "" and not is_open and not is_inside:
+        if name in called and name != "" and not is_opened and not is_inside:
             closed[name] = module
     return closed
 
 
-def _record_calls(model: nn.Module, x: torch.Tensor, closed: Iterable[str]) -> tuple:
-    """Run the model on x and record the calls of the closed modules.
+class _Call(NamedTuple):
+    name: str  # of the called module
+    tensor: torch.Tensor | None  # the first one among the arguments
 
-    Returns (calls, outputs, logits): the calls in their order as (name, first tensor among the
-    arguments), the outputs of each module without values (on the meta device), and the logits.
-    """
+
+class _Run(NamedTuple):
+    """A run of the model. Tensors on the meta device have a shape and a dtype, but no values."""
+
+    x: torch.Tensor  # on the meta device
+    calls: list[_Call]
+    outputs: dict[str, Any]  # what each module returned, on the meta device
+    logits: torch.Tensor
+
+
+def _record_run(model: nn.Module, x: torch.Tensor, closed: Iterable[str]) -> _Run:
+    """Run the model on x and record the calls of the closed modules."""
     calls = []
-    outputs = {"": x.to("meta")}  # what the model itself is called with
+    outputs = {}
 
     def record_input(name, module, args, kwargs):
         tensor = _first_tensor((args, kwargs))
         if tensor is not None:
             tensor = tensor.clone()  # later modules may change it in place
-        calls.append((name, tensor))
+        calls.append(_Call(name, tensor))
 
     def record_output(name, module, args, output):
         outputs[name] = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), output)
@@ -573,7 +600,7 @@ def _record_calls(model: nn.Module, x: torch.Tensor, closed: Iterable[str]) -> t
         module.register_forward_pre_hook(partial(record_input, name), with_kwargs=True)
         module.register_forward_hook(partial(record_output, name))
     logits = _logits(model(x.clone()))
-    return calls, outputs, logits
+    return _Run(x.to("meta"), calls, outputs, logits)
 
 
 def _without_weights(model: nn.Module) -> nn.Module:
@@ -607,6 +634,7 @@ def _difference(
 
 
 def _logits(output) -> torch.Tensor:
+    """The logits in what a model returns."""
     if isinstance(output, dict):
         return output["logits"]
     return _first_tensor(output)
@@ -625,6 +653,11 @@ class _Placeholder(torch.Tensor):
     PyTorch takes care of that, as it does for any subclass of `torch.Tensor`.
     """
 
+    def __bool__(self):
+        raise ValueError("the model decides by a value what to do next")
+
+    item = __bool__
+
 
 class _EndOfUnit(BaseException):
     """Ends the run of a unit. An `except Exception` in the model's own code does not catch it."""
@@ -635,82 +668,93 @@ class _EndOfUnit(BaseException):
 
 
 class _Unit(nn.Module):
-    """What the model's `forward` does from the call of one module to that of the next unit's first.
+    """The part of a model's `forward` from the call of one module to the call of another one.
 
     Args:
         model: The model that is split.
         weightless_model: A copy of it without weights.
-        closed: The modules in which there is no cut, by name.
-        outputs: Their outputs, on the meta device.
-        own_names: The names of the unit's modules.
-        start: The name of the first of them, "" for the model itself.
+        closed: The modules that are never cut inside, by name.
+        run: A run of the model.
+        names: The names of the modules that are called in this unit.
+        first_name: The name of the first of them, or "", the model itself, in the first unit.
     """
 
-    def __init__(self, model, weightless_model, closed, outputs, own_names, start):
+    def __init__(self, model, weightless_model, closed, run, names, first_name):
         super().__init__()
-        self.outputs = outputs
-        self.start = start
-        # `memo` tells deepcopy what is copied already: weights and the unit's own modules stand for
-        # themselves, so they are shared, and other modules with weights are replaced by stubs.
+        self.x = run.x
+        self.outputs = run.outputs
+        self.first_name = first_name
+        # deepcopy does not copy what it finds in `memo`, but takes what stands there instead.
+        # The weights, the unit's own modules, and modules without weights (such as ReLU) stay the
+        # model's own. All other modules are replaced by stubs.
         memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         for name, module in closed.items():
-            if name in own_names or not module.state_dict():
+            if name in names or not module.state_dict():
                 memo[id(module)] = module
             else:
                 memo[id(module)] = _Stub(self, name, weightless_model.get_submodule(name))
         self.body = copy.deepcopy(model, memo)
-        if start != "":
-            self._drop_other_weights(closed)
+        if first_name != "":
+            self._detach_from_first_unit(closed)
 
-    def _drop_other_weights(self, closed):
-        """Replace weights that belong to no closed module, and thus to the first unit, by NaN."""
-        kept = {id(weight) for module in closed.values() for weight in module.parameters()}
+    def _detach_from_first_unit(self, closed):
+        """Replace tensors outside of the closed modules, which belong to the first unit.
+
+        Code that runs before this unit begins may use them. Weights become NaN, and buffers are
+        copied, as that code may change them. Neither is in the state_dict.
+        """
+        inside = {id(t) for m in closed.values() for t in (*m.parameters(), *m.buffers())}
         for module in self.body.modules():
-            for name, weight in list(module.named_parameters(recurse=False)):
-                if id(weight) not in kept:
+            weights = dict(module.named_parameters(recurse=False))
+            buffers = dict(module.named_buffers(recurse=False))
+            for name, tensor in (weights | buffers).items():
+                if id(tensor) not in inside:
+                    own = torch.full_like(tensor, math.nan) if name in weights else tensor.clone()
                     delattr(module, name)
-                    nothing = torch.full_like(weight, math.nan)
-                    module.register_buffer(name, nothing, persistent=False)
+                    module.register_buffer(name, own, persistent=False)
 
     def forward(self, x):
+        if self.first_name == "" and x.shape[1:] != self.x.shape[1:]:
+            expected = [*self.x.shape[1:]]
+            raise ValueError(f"the model was split for inputs [N, ...] of shape {expected}")
         self.num_inputs = len(x)
         self.device = x.device
-        self.has_started = False
-        before_start = contextlib.ExitStack()
+        self.has_begun = False
+        # What runs before the unit begins must not use up random numbers.
+        restore_rng = contextlib.ExitStack()
+        restore_rng.enter_context(torch.random.fork_rng([x.device] if x.is_cuda else []))
 
-        def start(module, args, kwargs):
-            """Before the first module is called: replace its input by that of the unit."""
-            if self.has_started:
-                return None  # it is called again in the same unit
-            self.has_started = True
-            before_start.close()
-            placeholder = _first_tensor((args, kwargs))
-            return tree_map(lambda value: x if value is placeholder else value, (args, kwargs))
+        def begin(module, args, kwargs):
+            """The first module is called: replace its input by that of the unit."""
+            if self.has_begun:
+                return None  # it is called once more in this unit
+            self.has_begun = True
+            restore_rng.close()
+            input = _first_tensor((args, kwargs))
+            return tree_map(lambda value: x if value is input else value, (args, kwargs))
 
-        module = self.body.get_submodule(self.start)
+        first_module = self.body.get_submodule(self.first_name)
         try:
-            with before_start, module.register_forward_pre_hook(start, with_kwargs=True):
-                # What is computed before the start must not use up random numbers.
-                before_start.enter_context(torch.random.fork_rng([x.device] if x.is_cuda else []))
-                output = _logits(self.body(self.placeholder("")))
+            with restore_rng, first_module.register_forward_pre_hook(begin, with_kwargs=True):
+                output = _logits(self.body(self.placeholders(self.x)))  # the last unit gets here
         except _EndOfUnit as end:
             output = end.output
         if type(output) is _Placeholder:
             raise ValueError("the model passes more than one tensor on")
         return output
 
-    def placeholder(self, name):
-        """What a module returns for these inputs, with placeholders for its tensors."""
+    def placeholders(self, recorded):
+        """Placeholders for recorded tensors, in their shapes but for the number of inputs."""
 
-        def fill(tensor):
+        def placeholder(tensor):
             shape = list(tensor.shape)
-            if shape[:1] == [len(self.outputs[""])]:
+            if shape[:1] == [len(self.x)]:
                 shape[0] = self.num_inputs
             value = math.nan if tensor.is_floating_point() else 0
             filled = torch.full(shape, value, dtype=tensor.dtype, device=self.device)
             return filled.as_subclass(_Placeholder)
 
-        return tree_map_only(torch.Tensor, fill, self.outputs[name])
+        return tree_map_only(torch.Tensor, placeholder, recorded)
 
 
 class _Stub(nn.Module):
@@ -722,15 +766,16 @@ class _Stub(nn.Module):
 
     def __init__(self, unit, name, weightless_module):
         super().__init__()
-        # By way of __dict__, nn.Module does not take them for submodules, whose weights it owns.
+        # Set in `__dict__`, so that nn.Module does not register them as submodules.
         self.__dict__.update(unit=unit, name=name, weightless_module=weightless_module)
 
     def forward(self, *args, **kwargs):
-        if self.unit.has_started:
+        if self.unit.has_begun:
             raise _EndOfUnit(_first_tensor((args, kwargs)))
-        return self.unit.placeholder(self.name)
+        return self.unit.placeholders(self.unit.outputs[self.name])
 
     def __getattr__(self, name):  # called for what the stub itself does not have
+        # In `__dict__`, because without it (in unpickling) this function would call itself.
         return getattr(self.__dict__["weightless_module"], name)
 
     def __deepcopy__(self, memo):

@@ -601,7 +601,7 @@ def test_a_task_is_fixed(source, train, val):
     task = Task(source, train, val, FAST)
     values = {"settings": FAST, "train": val, "val": train, "net": small_net()}
     for name, value in values.items():
-        with pytest.raises(AttributeError, match=f"make another one with another {name}"):
+        with pytest.raises(AttributeError, match=f"create a new Task to change {name}"):
             setattr(task, name, value)
 
 
@@ -637,12 +637,12 @@ def test_top_k_accuracy_with_ties_and_nan():
     logits = torch.tensor([[3.0, 2, 1, 0], [0, 1, 2, 3], [0, 3, 1, 2]])
     y = torch.tensor([1, 3, 0])
     for top_k, expected in ((1, [0, 1, 0]), (2, [1, 1, 0]), (3, [1, 1, 0]), (4, [1, 1, 1])):
-        assert flextune.is_correct(logits, y, top_k).tolist() == expected
+        assert flextune.in_top_k(logits, y, top_k).tolist() == expected
     equal = torch.ones(2, 4)  # the lower class is the larger one, as for argmax
-    assert flextune.is_correct(equal, torch.tensor([0, 1])).tolist() == [True, False]
-    assert flextune.is_correct(equal, torch.tensor([0, 1]), top_k=2).tolist() == [True, True]
+    assert flextune.in_top_k(equal, torch.tensor([0, 1])).tolist() == [True, False]
+    assert flextune.in_top_k(equal, torch.tensor([0, 1]), top_k=2).tolist() == [True, True]
     logits[:, 0] = math.nan
-    assert not flextune.is_correct(logits, y, top_k=4).any()
+    assert not flextune.in_top_k(logits, y, top_k=4).any()
 
 
 # ---------------------------------------------------------------- what is refused
@@ -650,9 +650,11 @@ def test_top_k_accuracy_with_ties_and_nan():
 X, Y = images(8, seed=0)
 
 
-class Doubled(nn.Sequential):
-    def forward(self, x):
-        return super().forward(x * 2)
+class OwnInit(nn.Sequential):
+    """Slices of it are made by a constructor that ignores what they should contain."""
+
+    def __init__(self, units=None):
+        super().__init__(nn.Flatten(), nn.Linear(192, 4))
 
 
 def with_hook():
@@ -691,8 +693,8 @@ def with_a_side_channel():
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"net": nn.Linear(3, 3)}, "must be an nn.Sequential whose children are the units"),
-        ({"net": Doubled(nn.Flatten(), nn.Linear(192, 4))}, "must be an nn.Sequential whose"),
+        ({"net": nn.Linear(3, 3)}, "must be a plain nn.Sequential whose children"),
+        ({"net": OwnInit()}, "must be a plain nn.Sequential"),
         ({"net": with_hook()}, "the nn.Sequential itself must have no parameters, buffers or"),
         ({"net": nn.Sequential(nn.Flatten())}, "no unit has parameters"),
         ({"net": with_tied_units()}, "units 2 and 4 share weight"),
@@ -723,7 +725,7 @@ def test_what_would_be_silently_wrong_is_refused_when_a_task_is_made(source, wro
         (between_linear_units(Function(lambda _, x: x + torch.rand_like(x))), "is random in eval"),
         (between_linear_units(Function(lambda _, x: x - x.mean(0))), "on the others in its batch"),
         (between_linear_units(nn.BatchNorm1d(192, track_running_stats=False)), "more than 1 value"),
-        (with_a_side_channel(), "exchange data in another way"),
+        (with_a_side_channel(), "exchange data other than through"),
     ],
     ids=["random", "mean of the batch", "batch statistics", "side channel"],
 )
@@ -823,7 +825,7 @@ def test_ft_ss_tunes_scales_shifts_and_the_last_unit(source, train, val):
 
 def test_ft_ss_refuses_weights_that_are_parametrized(train, val):
     net = between_linear_units(nn.utils.parametrizations.weight_norm(nn.Linear(192, 192)))
-    with pytest.raises(ValueError, match="a weight that is parametrized already"):
+    with pytest.raises(ValueError, match="a weight that is already parametrized"):
         flextune.ft_ss(Task(net, train, val, FAST))
 
 
@@ -2524,12 +2526,36 @@ class Decoder(Transformer):
         return logits[torch.arange(len(tokens)), last]
 
 
+class BranchOnValues(Transformer):
+    """What its last layer does depends on a value that it has not been given."""
+
+    def forward(self, tokens):
+        x = self.encoder(self.embeddings(tokens))[:, 0]
+        if (tokens == 99).any():
+            x = x / 2
+        return self.head(x)
+
+
 class TiedHead(Transformer):
     """Its last layer reads the weight of the embedding."""
 
     def forward(self, tokens):
         x = self.encoder(self.embeddings(tokens))[:, 0]
         return self.head(x) + (x @ self.embeddings.words.weight.T)[:, :3]
+
+
+class RunningMean(nn.Module):
+    """It updates a buffer of its own in training, before its first layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1))
+        self.layers = nn.Sequential(nn.Linear(3072, 8), nn.Linear(8, 3))
+
+    def forward(self, x):
+        if self.training:
+            self.mean.lerp_(x.mean(), 0.5)
+        return self.layers((x - self.mean).flatten(1))
 
 
 PIXELS = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -2550,7 +2576,7 @@ def wrapped(names):
         (ResNet, {"num_units": 10}, ["conv1", *BLOCKS, "fc"]),
         (
             ResNet,
-            {"num_units": 1, "open": ["layer4"]},
+            {"num_units": 1, "open": "layer4"},
             ["conv1", "layer1", "layer2", "layer3", "layer4.0", "layer4.1", "fc"],
         ),
         (lambda: nn.Sequential(ResNet(), nn.ReLU()), {}, wrapped(EIGHT_UNITS)),
@@ -2616,6 +2642,28 @@ def test_tuned_weights_are_loaded_back_into_the_users_own_model(build, x, names)
     assert naive_accuracy(net, (x, y)) == result.accuracy
 
 
+def test_buffers_outside_of_all_units_are_those_of_the_first_unit():
+    torch.manual_seed(0)
+    model = RunningMean()
+    net = models.split(model, PIXELS)
+    expected = copy.deepcopy(model)
+    expected(PIXELS)
+    net(PIXELS)  # both are in training mode
+    assert model.mean > 0
+    assert same_state(model, expected)
+
+    y = torch.tensor([0, 1, 2, 0])
+    result = tune(net, "all", (PIXELS, y), (PIXELS, y))
+    net.load_state_dict(result.net.state_dict())
+    assert torch.equal(model.eval()(PIXELS), result.net(PIXELS))
+
+
+def test_units_refuse_inputs_of_another_shape():
+    net = models.split(ResNet(), PIXELS)
+    with pytest.raises(ValueError, match=re.escape("of shape [3, 32, 32]")):
+        net(torch.rand(4, 3, 40, 40))
+
+
 class NumPyRandom(nn.Module):
     def forward(self, x):
         return x * float(np.random.rand()) if self.training else x
@@ -2626,6 +2674,7 @@ class NumPyRandom(nn.Module):
     [
         (ResNet(), PIXELS, {"open": ["layer9"]}, "the model has no modules of these names: layer9"),
         (ResNet(), PIXELS[:1], {}, "split needs two or more inputs"),
+        (ResNet(), PIXELS, {"num_units": 0}, "num_units must be at least 1, not 0"),
         (
             Decoder(),
             TOKENS,
@@ -2633,6 +2682,7 @@ class NumPyRandom(nn.Module):
             "head cannot begin a unit: the model passes more than one tensor on",
         ),
         (TiedHead(), TOKENS, {"num_units": 1}, "head cannot begin a unit: "),
+        (BranchOnValues(), TOKENS, {"num_units": 1}, "head cannot begin a unit: .* by a value"),
         (nn.Sequential(nn.Flatten(), nn.Linear(3072, 8)), PIXELS, {}, "fewer than two modules"),
         (
             nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), NumPyRandom(), nn.Linear(8, 2)),
@@ -2641,7 +2691,16 @@ class NumPyRandom(nn.Module):
             "for 4 inputs and training=True",
         ),
     ],
-    ids=["no such module", "one input", "token ids", "tied weights", "one layer", "random"],
+    ids=[
+        "no such module",
+        "one input",
+        "no units",
+        "token ids",
+        "tied weights",
+        "branch",
+        "one layer",
+        "random",
+    ],
 )
 def test_split_says_why_a_model_cannot_be_split(model, x, options, message):
     with pytest.raises(ValueError, match=message):
