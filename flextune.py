@@ -43,15 +43,13 @@ class Settings:
     check_every: int = 5  # validate every this many epochs; the paper: 5 to 10
     patience: int = 5  # stop after this many validations without improvement
     max_epochs: int = 300  # upper limit on the number of epochs
-    batch_statistics: bool = False  # True: BatchNorm in tuned units is in training mode
+    batch_statistics: bool = False  # True: norms with running averages train in tuned units
     top_k: int = 1  # a prediction is correct if the label is among the k largest logits
     seed: int = 0  # for shuffling, dropout, and random numbers that augment draws from PyTorch
     device: str | torch.device | None = None  # None: CUDA if available, else the CPU
-    cache_bytes: int = 2 * 1024**3  # memory limit for cached outputs of frozen units
-    bfloat16: bool = False  # train under bfloat16 autocast; validation keeps full precision
-    augment: Callable | None = (
-        None  # batch -> batch, in training, after uint8 images became x / 255
-    )
+    cache_bytes: int = 2 * 1024**3  # limit for cached outputs; making them takes up to three times
+    bfloat16: bool = False  # train under bfloat16 autocast; all but training keeps full precision
+    augment: Callable | None = None  # batch -> batch, in training; uint8 images are x / 255 by then
     loss: Callable = nn.functional.cross_entropy  # loss(logits [B, classes], labels [B]) -> scalar
 
     def __post_init__(self):
@@ -137,7 +135,7 @@ def fast_flex(task: Task) -> Selection:
     # 3-6: for l = 1, ..., L: a_l <- accuracy on D_val of N_prox-l
     proxies = {}
     for unit in candidates(task.net):
-        proxies[unit] = task.accuracy(surgery(task.net, all_tuned.net, unit), num_frozen=unit - 1)
+        proxies[unit] = task.accuracy(surgery(task.net, all_tuned.net, unit), num_shared=unit - 1)
 
     # 7: best <- arg max over {1, ..., L} of a_l
     best = max(proxies, key=proxies.get)
@@ -159,7 +157,7 @@ def faster_flex(task: Task) -> Selection:
     # 2-5: for l = 1, ..., L: a_l <- accuracy on D_val of N_prox-l
     proxies = {}
     for unit in candidates(task.net):
-        proxies[unit] = task.accuracy(surgery(task.net, one_epoch.net, unit), num_frozen=unit - 1)
+        proxies[unit] = task.accuracy(surgery(task.net, one_epoch.net, unit), num_shared=unit - 1)
 
     # 6: best <- arg max over {1, ..., L} of a_l
     best = max(proxies, key=proxies.get)
@@ -183,8 +181,8 @@ def surgery(net: nn.Sequential, tuned: nn.Sequential, unit: int) -> nn.Sequentia
 def candidates(net: nn.Sequential) -> list[int]:
     """The numbers of the units that have parameters, in ascending order.
 
-    Units without parameters, such as dropout, are no candidates. They are only in training mode
-    when all units are tuned.
+    A unit without parameters, such as dropout, is never tuned by itself. It is in training mode if
+    it is among several units that are tuned, as it is for "all".
     """
     return [number for number, unit in enumerate(net, start=1) if list(unit.parameters())]
 
@@ -250,20 +248,21 @@ def ft_ss(task: Task) -> Result:
     # With batch statistics, BatchNorm would subtract the shift of the layer before it.
     settings = replace(task.settings, batch_statistics=False)
     scaled_task = Task(scaled_net, task.train, task.val, settings, task.report)
-    # All parameters are now the scales, the shifts, and those of the last unit.
-    result = fine_tune(scaled_task, "all")
+    result = fine_tune(scaled_task, "all")  # all parameters: scales, shifts, the last unit's
 
-    folded_net = copy.deepcopy(surgery(task.net, result.net, last_unit))
+    folded_net = copy.deepcopy(surgery(task.net, result.net, last_unit)).eval()
     for name, layer in result.net[: last_unit - 1].named_modules():
         if parametrize.is_parametrized(layer):
             folded = folded_net.get_submodule(name)
             folded.weight = nn.Parameter(layer.weight.detach())
             folded.bias = nn.Parameter(layer.bias.detach())
+    for name, buffer in folded_net.named_buffers():
+        buffer.copy_(result.net.get_buffer(name))  # other norms than PyTorch's may have moved
     return replace(result, net=folded_net)
 
 
 def _add_scale_and_shift(layer: nn.Module) -> None:
-    """Freeze the layer's own parameters; linear and conv layers get a scale and a shift."""
+    """Make buffers of the layer's parameters; linear and conv layers get a scale and a shift."""
     if parametrize.is_parametrized(layer):
         raise ValueError("ft_ss cannot scale a weight that is already parametrized (weight_norm?)")
     for name, weight in list(layer.named_parameters(recurse=False)):
@@ -274,7 +273,7 @@ def _add_scale_and_shift(layer: nn.Module) -> None:
         if layer.bias is None:
             layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
         else:
-            layer.bias = nn.Parameter(layer.bias)
+            layer.bias = nn.Parameter(layer.bias)  # it became a buffer above
         parametrize.register_parametrization(layer, "weight", _Scale(layer.weight))
 
 
@@ -309,7 +308,7 @@ def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None
     units every parameter is trained, whatever its `requires_grad` was in the given network.
     The source network (epoch 0) does not compete for the best state. If a weight is NaN or infinite
     at a validation, training stops, and the best state before that is returned with `diverged` set.
-    If there is none, that is the source network, which then competes in the selection.
+    If that happens at the first validation, it is the source network that is returned.
     Results are kept in `task.results`, so nothing is trained twice.
 
     Raises ValueError if there is no such unit or no gradient reaches it. Errors in the network, the
@@ -343,7 +342,7 @@ def _train(task: Task, unit_numbers: tuple[int, ...], epochs: int | None) -> Res
     num_cached, x = task.cached_outputs("train", 0 if settings.augment else num_frozen)
 
     net = _copy_units(task.net, unit_numbers)
-    net.eval().requires_grad_(False)  # again: a caller may have changed units shared by results
+    net.eval().requires_grad_(False)  # a caller may have changed the units that results share
     tuned = nn.ModuleList(net[number - 1] for number in unit_numbers).requires_grad_(True)
     optimizer = torch.optim.Adam(tuned.parameters(), lr=settings.lr, fused=True)
     shuffle_rng = torch.Generator().manual_seed(settings.seed)
@@ -440,7 +439,7 @@ def _copy_units(net: nn.Sequential, unit_numbers: Iterable[int]) -> nn.Sequentia
 
 
 def _set_train_mode(tuned: nn.Module, batch_statistics: bool) -> None:
-    """Training mode, but BatchNorm and InstanceNorm are only in it if `batch_statistics` is set."""
+    """Training mode, except for BatchNorm and InstanceNorm if `batch_statistics` is False."""
     tuned.train()
     for module in tuned.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):  # BatchNorm and InstanceNorm
@@ -494,18 +493,22 @@ class Task:
         default_device = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(settings.device or default_device)
         whole_net = copy.deepcopy(net).to(device).eval().requires_grad_(False)
-        # Copy each unit by itself, as is done for fine-tuning; `_check_outputs` compares the two.
+        # Copy each unit by itself, as for fine-tuning. `_check_outputs` compares it with whole_net.
         self.net = _copy_units(whole_net, range(1, len(net) + 1))
         self.train = (train[0].detach().to(device), train[1].to(device))
         self.val = (val[0].detach().to(device), val[1].to(device))
         self.settings = settings
         self.report = report
         self.results: dict[tuple, Result] = {}
-        two_images = torch.cat([self.train[0][:1], self.val[0][:1]])
+        two_images = torch.cat([self.train[0][:1], self.val[0][-1:]])
         self._check_outputs(whole_net, two_images)
         self._cacheable = self._find_cacheable(two_images)
         self._cache = {"train": (0, self.train[0]), "val": (0, self.val[0])}
-        self.source_accuracy = self.accuracy(self.net)
+        source_logits = run_units(self.net, self.val[0])
+        if source_logits.isnan().any():
+            raise ValueError("the network returns NaN for some images of val")
+        is_correct = in_top_k(source_logits, self.val[1], settings.top_k)
+        self.source_accuracy = is_correct.sum().item() / len(is_correct)
 
     def __setattr__(self, name, value):
         """Forbid reassigning attributes: results and cached outputs depend on them."""
@@ -532,9 +535,8 @@ class Task:
         if self.settings.top_k > num_classes:
             raise ValueError(f"top_k is {self.settings.top_k}, but there are {num_classes} classes")
 
-        logits = logits.nan_to_num()
-        of_whole_net = whole_net(prepare_batch(self.net, two_images)).nan_to_num()
-        of_one_image = self.net(prepare_batch(self.net, two_images[:1])).nan_to_num()
+        of_whole_net = whole_net(prepare_batch(self.net, two_images))
+        of_one_image = self.net(prepare_batch(self.net, two_images[:1]))
         tolerance = 1e-3 * logits.abs().max().item() + 1e-6
         if (of_whole_net - logits).abs().max() > tolerance:
             raise ValueError(
@@ -547,7 +549,7 @@ class Task:
             )
 
     def _find_cacheable(self, two_images: torch.Tensor) -> list[int]:
-        """The numbers of lowest units whose output may be cached; 0, the images, is the first.
+        """Every n for which the output of the lowest n units may be cached; 0 means the images.
 
         An output may be cached if it is a tensor with a row for each image, and `cache_bytes`
         suffices for both sets.
@@ -583,19 +585,20 @@ class Task:
                 )
             numbers.add(known[unit])
         if not numbers & set(candidates(self.net)):
-            raise ValueError(f"unit {label(self.net, *sorted(numbers))} has no parameters to tune")
+            raise ValueError(f"units {units} have no parameters to tune")
         return tuple(sorted(numbers))
 
     @torch.no_grad()
     def cached_outputs(self, dataset: str, num_frozen: int) -> tuple[int, torch.Tensor]:
-        """Outputs of the lowest units on "train" or "val", kept until other ones are asked for.
+        """Outputs of the lowest units on "train" or "val", from which training starts.
 
         Returns (num_cached, outputs), with the largest num_cached <= num_frozen that may be cached.
-        Frozen units above it run again in every batch.
+        Frozen units above it run again in every batch. One output of each dataset is kept: it is
+        computed further if more units are asked for, and from the images if fewer are.
         """
         target = max(number for number in self._cacheable if number <= num_frozen)
         num_cached, outputs = self._cache[dataset]
-        if num_cached > target:  # the kept outputs are of more units: start again from the images
+        if num_cached > target:
             num_cached = 0
             outputs = self.train[0] if dataset == "train" else self.val[0]
         if num_cached < target:
@@ -603,18 +606,18 @@ class Task:
         self._cache[dataset] = (target, outputs)
         return target, outputs
 
-    def accuracy(self, net: nn.Sequential, num_frozen: int = 0) -> float:
+    def accuracy(self, net: nn.Sequential, num_shared: int = 0) -> float:
         """Top-k accuracy of `net` on D_val.
 
-        The lowest `num_frozen` units of `net` must be those of the task: instead of running them,
+        The lowest `num_shared` units of `net` must be those of the task: instead of running them,
         their cached outputs are used.
         """
-        is_correct = self.correct(net, num_frozen)
+        is_correct = self.correct(net, num_shared)
         return is_correct.sum().item() / len(is_correct)
 
-    def correct(self, net: nn.Sequential, num_frozen: int = 0) -> torch.Tensor:
+    def correct(self, net: nn.Sequential, num_shared: int = 0) -> torch.Tensor:
         """Whether each validation image is classified correctly, bool [N]. See `accuracy`."""
-        num_cached, x = self.cached_outputs("val", num_frozen)
+        num_cached, x = self.cached_outputs("val", num_shared)
         logits = run_units(net, x, num_cached)  # (N, classes)
         return in_top_k(logits, self.val[1], self.settings.top_k)
 
@@ -643,7 +646,7 @@ def run_units(
     `x` is the output of the units before, net[:start], or the images if start is 0.
     """
     units = net.eval()[start:stop]
-    # Batches of nearly equal size: some units do not take a single image.
+    # Nearly equal sizes: units that squeeze would lose the first dimension of a single last image.
     batches = x.tensor_split(math.ceil(len(x) / EVAL_BATCH_SIZE))
     return torch.cat([units(prepare_batch(net, batch, start)) for batch in batches])
 

@@ -1,4 +1,4 @@
-"""The networks of the paper (section 5.1), and `split`, which makes units out of any model.
+"""The networks of the paper (section 5.1), and `split`, which makes units out of other models.
 
 The networks are `nn.Sequential`s whose children are the units. They take float images
 [N, channels, H, W] in [0, 1] and return logits [N, classes]. The two small networks are those of
@@ -10,6 +10,7 @@ import contextlib
 import copy
 import hashlib
 import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable
 from functools import partial
@@ -58,7 +59,7 @@ def cifar_net(channels: int = 3, width: float = 1.0) -> nn.Sequential:
 def _conv_relu_pool(inputs: int, outputs: int, kernel_size: int) -> nn.Sequential:
     """A convolution with SAME padding, ReLU, and max pooling by 2.
 
-    ReLU and max pooling can change places: after the pooling, ReLU has a quarter of the work.
+    ReLU and max pooling commute, and after the pooling ReLU has a quarter of the work.
     """
     conv = nn.Conv2d(inputs, outputs, kernel_size, padding=kernel_size // 2)
     return nn.Sequential(conv, nn.MaxPool2d(2), nn.ReLU())
@@ -170,7 +171,7 @@ class ScaleToSigned(nn.Module):
 class SamePad(nn.Module):
     """TensorFlow's SAME padding before a layer of stride 2.
 
-    If the padding of both sides together is odd, the extra pixel goes to the bottom and right.
+    If the total padding is odd, the extra pixel goes to the bottom and to the right.
     """
 
     def __init__(self, kernel_size: int, value: float = 0.0):
@@ -181,7 +182,8 @@ class SamePad(nn.Module):
     def forward(self, x):
         padding = []  # left, right, top, bottom
         for size in (x.shape[3], x.shape[2]):
-            total = self.kernel_size - 2 + size % 2  # for ceil(size / 2) outputs
+            # (ceil(size / 2) - 1) * 2 + kernel_size - size, for ceil(size / 2) outputs
+            total = self.kernel_size - 2 + size % 2
             padding += [total // 2, total - total // 2]
         return pad(x, padding, value=self.value)
 
@@ -230,7 +232,10 @@ def _conv_stack(inputs: int, widths: list[int], stride: int = 1) -> nn.Sequentia
 def _conv_bn_relu(
     inputs: int, outputs: int, kernel_size: int, stride: int = 1, **before: nn.Module
 ) -> nn.Sequential:
-    """A convolution with SAME padding, BatchNorm with a shift but without a scale, ReLU."""
+    """A convolution with SAME padding, BatchNorm with a shift but without a scale, ReLU.
+
+    `before`: layers in front of the convolution, by name.
+    """
     padding = kernel_size // 2
     if stride == 2:
         before["pad"] = SamePad(kernel_size)
@@ -281,13 +286,13 @@ class WeightsError(ValueError):
 def load_inception2(path: Path, md5: str = TENSORNETS_MD5) -> nn.Sequential:
     """Inception2 with the weights of TensorNets' `inception2.npz`.
 
-    The file is only unpickled if it has this MD5, because unpickling can run any program. Raises
-    WeightsError if it is another file.
+    The file is only unpickled if it has this MD5, because unpickling can execute arbitrary code.
+    Raises WeightsError if it is another file.
     """
     if not path.is_file():
         raise WeightsError(f"{path} is missing: put TensorNets' file there")
     with open(path, "rb") as file:
-        # Not for security: with this argument, MD5 is also available where it is forbidden.
+        # With this argument, MD5 is also available where it is forbidden for security.
         digest = hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False))
     if digest.hexdigest() != md5:
         raise WeightsError(f"{path} is not TensorNets' file, whose MD5 is {md5}: delete it")
@@ -338,9 +343,9 @@ def _torch_layout(name: str, array: np.ndarray) -> torch.Tensor:
 #
 # Units to put in front of a network. They map images [N, channels, H, W] to images of the same
 # shape. Each starts as the identity, so that at first it does not change what the network returns.
-# The paper says what kinds of units it uses; all else is our choice. (In the authors' code the U-Net
-# is deeper and has instance norm, the affine map has one angle, two scales and two moves, and the
-# unit for colors ends in a sigmoid.)
+# The paper says what kinds of units it uses; everything else is our choice. (In the authors' code
+# the U-Net is deeper and uses instance norm, the affine map has one angle, two scales and two
+# translations, and the unit for colors ends in a sigmoid.)
 
 
 class Pixelwise(nn.Module):
@@ -441,7 +446,7 @@ def split(
 
     The units run the model's own code and contain its own modules, so tuned weights are written
     into the model by `net.load_state_dict(selection.result.net.state_dict())`. What changes `net`
-    in another way, such as `net.eval()` or `net.to(device)`, changes the model's modules, too.
+    in another way, such as `net.eval()`, changes the model's modules, too.
 
     A unit is named after its first layer, which is a module with a weight matrix, and includes what
     follows, such as a norm. Weights outside of all modules that are called, such as a position
@@ -449,49 +454,52 @@ def split(
 
     Args:
         model: Called with one tensor; returns logits [N, classes], or a tuple that begins with
-            them, or a dictionary with the key "logits".
-        x: Two or more inputs of the model [N, ...], on its device.
-        num_units: Modules with many layers are cut inside, until there are this many units. There
-            may be more, or fewer if no module is left that has 1 / num_units of all layers.
-        open: Names of modules to cut inside in any case, as in `model.named_modules()`.
+            them, or a dictionary with the key "logits". Without gradient checkpointing.
+        x: Two or more typical inputs of the model [N, ...], on its device.
+        num_units: Target number of units. The modules with the most layers are opened, that is, cut
+            inside, until there are at least this many units. Modules with less than 1 / num_units
+            of all layers stay whole. A warning says why if there are fewer units in the end.
+        open: Names of modules that are always opened, as in `model.named_modules()`.
 
-    Raises ValueError if the model cannot be cut, or if the units would not return the same logits
-    as the model, bit for bit: in evaluation mode for x and for x[:1], in training mode for x.
+    Raises ValueError if the model cannot be cut, or if the units would not compute what the model
+    computes: the same logits, bit for bit, in evaluation mode for x and for x[:1] and in training
+    mode for x, with the same gradients and changes of buffers.
     """
-    modules = dict(model.named_modules())  # "" is the model itself
+    num_layers = {}  # of all modules that have children; "" is the model itself
+    for name, module in model.named_modules():
+        if list(module.children()):
+            num_layers[name] = sum(weight.dim() > 1 for weight in module.parameters())
     opened = {open} if isinstance(open, str) else set(open)
-    unknown = opened - set(modules)
+    unknown = opened - set(num_layers)
     if unknown:
-        raise ValueError(f"the model has no modules of these names: {', '.join(unknown)}")
+        raise ValueError(f"the model has no modules with children named {', '.join(unknown)}")
     if num_units < 1:
         raise ValueError(f"num_units must be at least 1, not {num_units}")
     if len(x) < 2:
-        raise ValueError("split needs two or more inputs, to tell their number from other sizes")
-
-    num_layers = {}
-    for name, module in modules.items():
-        if list(module.children()):
-            num_layers[name] = sum(weight.dim() > 1 for weight in module.parameters())
+        raise ValueError("split needs two or more inputs, to tell the batch from other dimensions")
 
     called = _called_modules(model, x)
     net = None
-    problem = "it is a single layer"
-    # The module with the most layers comes first, that is "", which opens nothing else.
+    problem = None  # why there are no more units
+    # The model itself ("") has the most layers and comes first: it is cut between its children.
     for name in sorted(num_layers, key=num_layers.get, reverse=True):
         is_small = num_layers[name] < num_layers[""] / num_units
         is_enough = net is not None and len(net) >= num_units
         if is_small or is_enough:
             break
         try:
-            finer_net = _cut(model, x, called, opened | {name})
-        except ValueError as error:
-            problem = error
+            finer_net, problem = _cut(model, x, called, opened | {name})
+        except Exception as error:  # noqa: BLE001 (run in pieces, the model may raise anything)
+            problem = _first_line(error)
             continue
-        if net is None or len(finer_net) > len(net):
+        if net is None or len(finer_net) > len(net):  # else leave the module closed
             net = finer_net
             opened.add(name)
     if net is None:
         raise ValueError(f"the model cannot be split into units: {problem}")
+    if len(net) < num_units <= num_layers[""]:
+        reason = problem or "its other modules have few layers"
+        warnings.warn(f"split found only {len(net)} units ({reason})", stacklevel=2)
     return net
 
 
@@ -507,63 +515,68 @@ def _called_modules(model: nn.Module, x: torch.Tensor) -> set[str]:
 
 
 @torch.no_grad()
-def _cut(model: nn.Module, x: torch.Tensor, called: set[str], opened: set[str]) -> nn.Sequential:
+def _cut(
+    model: nn.Module, x: torch.Tensor, called: set[str], opened: set[str]
+) -> tuple[nn.Sequential, str | None]:
     """Cut the model between all modules where it is possible, and inside the opened ones.
 
-    Raises ValueError if there is no cut, or the units do not return what the model returns.
+    Returns the units, and why there are no more of them. Raises ValueError if there is no cut, or
+    the units do not compute what the model computes.
     """
     closed = _closed_modules(model, called, opened)
-    run = _record_run(model, x, closed)
+    recording = _record(model, x, closed)
     weightless_model = _without_weights(model)
 
     def make_unit(start: int, stop: int) -> _Unit:
-        names = [call.name for call in run.calls[start:stop]]
+        names = [call.name for call in recording.calls[start:stop]]
+        # The first unit begins with the call of the model itself, not of its first module.
         first_name = names[0] if start > 0 else ""
-        return _Unit(model, weightless_model, closed, run, names, first_name)
+        return _Unit(model, weightless_model, closed, recording, names, first_name)
 
-    num_calls = len(run.calls)
-    weights = [set(closed[call.name].parameters()) for call in run.calls]
-    is_layer = [any(weight.dim() > 1 for weight in weights_of_call) for weights_of_call in weights]
+    num_calls = len(recording.calls)
+    weights = [set(closed[call.name].parameters()) for call in recording.calls]
+    layers = [n for n in range(num_calls) if any(weight.dim() > 1 for weight in weights[n])]
     starts = [0]  # index of the first call of each unit
-    problem = "it calls fewer than two modules with weights (is it wrapped or compiled?)"
-    for index, call in enumerate(run.calls):
-        # A unit begins with a layer. Only the first one may begin with something else.
-        if not is_layer[index] or not any(is_layer[:index]) or call.tensor is None:
-            continue
+    problem = None
+    for index in layers[1:]:  # the first layer belongs to the first unit
+        call = recording.calls[index]
         if set().union(*weights[:index]) & set().union(*weights[index:]):
-            problem = f"{call.name} and modules before it use the same weights"
-            continue
-        rest = make_unit(index, num_calls)
-        difference = _difference(rest, call.tensor, run.logits, training=False)
-        if difference is None:
+            reason = "modules before it use the same weights"
+        else:
+            reason = _difference(make_unit(index, num_calls), call.tensor, recording.logits)
+        if reason is None:
             starts.append(index)
         else:
-            problem = f"{call.name} cannot begin a unit: {difference}"
+            problem = f"{call.name} cannot begin a unit: {reason}"
+    if len(layers) < 2:
+        problem = "it calls fewer than two modules with weights: is it wrapped or compiled?"
     if len(starts) == 1:
         raise ValueError(problem)
 
     net = nn.Sequential()
     for start, stop in pairwise([*starts, num_calls]):
-        first_layer = run.calls[is_layer.index(True, start)].name
-        net.add_module(first_layer.replace(".", "/"), make_unit(start, stop))  # no dot is allowed
+        first_layer = min(index for index in layers if index >= start)
+        name = recording.calls[first_layer].name.replace(".", "/")  # PyTorch allows no dot
+        net.add_module(name, make_unit(start, stop))
 
-    for inputs, training in ((x, False), (x[:1], False), (x, True)):
-        difference = _difference(net, inputs, _run(model, inputs, training), training)
-        if difference is not None:
-            raise ValueError(f"for {len(inputs)} inputs and training={training}, {difference}")
-    return net
+    _check_equal(net, model, x)
+    return net, problem
 
 
 def _closed_modules(model: nn.Module, called: set[str], opened: set[str]) -> dict[str, nn.Module]:
     """The outermost modules that are called and not opened, by name. They are never cut inside."""
     closed = {}
     for name, module in model.named_modules():
-        # A module is also opened if one inside of it is.
-        is_opened = any(f"{other}.".startswith(f"{name}.") for other in opened)
-        is_inside = any(name.startswith(f"{other}.") for other in closed)
-        if name in called and name != "" and not is_opened and not is_inside:
+        is_opened = any(_is_within(other, name) for other in opened)  # it, or a module in it
+        is_in_closed = any(_is_within(name, other) for other in closed)
+        if name in called and not is_opened and not is_in_closed:
             closed[name] = module
     return closed
+
+
+def _is_within(name: str, outer: str) -> bool:
+    """Whether a module is another one or inside of it. All are inside of the model, ""."""
+    return outer in ("", name) or name.startswith(f"{outer}.")
 
 
 class _Call(NamedTuple):
@@ -571,7 +584,7 @@ class _Call(NamedTuple):
     tensor: torch.Tensor | None  # the first one among the arguments
 
 
-class _Run(NamedTuple):
+class _Recording(NamedTuple):
     """A run of the model. Tensors on the meta device have a shape and a dtype, but no values."""
 
     x: torch.Tensor  # on the meta device
@@ -580,7 +593,7 @@ class _Run(NamedTuple):
     logits: torch.Tensor
 
 
-def _record_run(model: nn.Module, x: torch.Tensor, closed: Iterable[str]) -> _Run:
+def _record(model: nn.Module, x: torch.Tensor, closed: Iterable[str]) -> _Recording:
     """Run the model on x and record the calls of the closed modules."""
     calls = []
     outputs = {}
@@ -600,37 +613,85 @@ def _record_run(model: nn.Module, x: torch.Tensor, closed: Iterable[str]) -> _Ru
         module.register_forward_pre_hook(partial(record_input, name), with_kwargs=True)
         module.register_forward_hook(partial(record_output, name))
     logits = _logits(model(x.clone()))
-    return _Run(x.to("meta"), calls, outputs, logits)
+    return _Recording(x.to("meta"), calls, outputs, logits)
 
 
 def _without_weights(model: nn.Module) -> nn.Module:
-    """A copy whose weights are NaN. They keep shape and dtype but take no memory."""
+    """A copy whose weights are NaN."""
     model = copy.deepcopy(model)
     for weight in model.parameters():
-        if weight.is_floating_point():
-            weight.data = weight.data.new_full((), math.nan).expand_as(weight)
+        weight.data = _nan_like(weight)
     return model
 
 
-def _run(model: nn.Module, x: torch.Tensor, training: bool) -> torch.Tensor:
-    """The logits of a copy of the model, with random numbers from a fixed seed."""
-    model = copy.deepcopy(model).train(training)
+def _nan_like(tensor: torch.Tensor) -> torch.Tensor:
+    """NaN, or 0 for integers, in the shape of a tensor, but in the memory of a single number."""
+    value = math.nan if tensor.is_floating_point() else 0
+    return tensor.detach().new_full((), value).expand_as(tensor)
+
+
+def _run(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The logits of a copy of the model in evaluation mode."""
+    return _logits(copy.deepcopy(model).eval()(x.clone()))
+
+
+def _difference(units: nn.Module, x: torch.Tensor, expected: torch.Tensor) -> str | None:
+    """Why these units do not return the expected logits for x; None if they do."""
+    try:
+        logits = _run(units, x)
+    except Exception as error:  # noqa: BLE001 (run in pieces, the model may raise anything)
+        return _first_line(error)
+    if logits.isnan().any():
+        return "it needs weights that are in no module and so belong to the first unit"
+    if not torch.equal(logits, expected):
+        return "the logits differ from those of the model"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or repr(error)).splitlines()[0]
+
+
+def _check_equal(net: nn.Sequential, model: nn.Module, x: torch.Tensor) -> None:
+    """Raise ValueError unless the units compute what the model computes."""
+    for inputs in (x, x[:1]):
+        if not torch.equal(_run(net, inputs), _run(model, inputs)):
+            raise ValueError(f"the logits of the units differ for {len(inputs)} inputs")
+
+    trained_net = copy.deepcopy(net)
+    trained_model = copy.deepcopy(model)
+    logits = _train_once(trained_net, x)
+    if not torch.equal(logits, _train_once(trained_model, x)):
+        raise ValueError("the logits of the units differ in training mode")
+
+    state = {}
+    gradients = {}
+    for unit in trained_net:
+        state.update(unit.body.state_dict())
+        gradients.update({name: weight.grad for name, weight in unit.body.named_parameters()})
+    for name, tensor in trained_model.state_dict().items():
+        if not torch.equal(state[name], tensor):
+            raise ValueError(f"training changes {name} outside of the unit that it belongs to")
+    for name, weight in trained_model.named_parameters():
+        gradient = gradients[name]
+        if gradient is None or weight.grad is None:
+            is_same = gradient is weight.grad
+        else:
+            difference = (gradient - weight.grad).abs().max()
+            is_same = difference <= 1e-3 * weight.grad.abs().max()
+        if not is_same:
+            raise ValueError(f"the gradient of {name} differs: is there gradient checkpointing?")
+
+
+@torch.enable_grad()
+def _train_once(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Run the model in training mode, with a fixed seed, and compute its gradients."""
+    model.train().requires_grad_(True)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(0)
-        return _logits(model(x.clone()))
-
-
-def _difference(
-    units: nn.Module, x: torch.Tensor, expected: torch.Tensor, training: bool
-) -> str | None:
-    """How the logits of the units differ from the expected ones; None if they are equal."""
-    try:
-        logits = _run(units, x, training)
-    except Exception as error:  # noqa: BLE001 (cut in pieces, the model's code may fail in any way)
-        return str(error) or repr(error)
-    if torch.equal(logits, expected):
-        return None
-    return "the logits are not those of the model"
+        logits = _logits(model(x.clone()))
+        logits.sum().backward()
+    return logits
 
 
 def _logits(output) -> torch.Tensor:
@@ -648,15 +709,22 @@ def _first_tensor(arguments) -> torch.Tensor | None:
 
 
 class _Placeholder(torch.Tensor):
-    """Stands for a tensor of another unit. What is computed from it is a placeholder, too.
+    """Stands for a tensor of another unit. What is computed from it is a placeholder, too."""
 
-    PyTorch takes care of that, as it does for any subclass of `torch.Tensor`.
-    """
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        """PyTorch calls this instead of a function that gets a placeholder."""
+        name = function.__name__
+        if name in ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy"):
+            raise ValueError("what the model does depends on a value of another unit")
+        result = super().__torch_function__(function, types, args, kwargs or {})  # a placeholder
+        is_in_place = name.endswith("_") and not name.endswith("__")
+        if is_in_place or name == "__setitem__" or name.startswith("__i"):
+            args[0].__class__ = cls  # the tensor that it was written into
+        return result
 
-    def __bool__(self):
-        raise ValueError("the model decides by a value what to do next")
-
-    item = __bool__
+    def __deepcopy__(self, memo):
+        return self  # it has no value of its own
 
 
 class _EndOfUnit(BaseException):
@@ -674,19 +742,19 @@ class _Unit(nn.Module):
         model: The model that is split.
         weightless_model: A copy of it without weights.
         closed: The modules that are never cut inside, by name.
-        run: A run of the model.
+        recording: A run of the model.
         names: The names of the modules that are called in this unit.
         first_name: The name of the first of them, or "", the model itself, in the first unit.
     """
 
-    def __init__(self, model, weightless_model, closed, run, names, first_name):
+    def __init__(self, model, weightless_model, closed, recording, names, first_name):
         super().__init__()
-        self.x = run.x
-        self.outputs = run.outputs
+        self.x = recording.x
+        self.outputs = recording.outputs
         self.first_name = first_name
-        # deepcopy does not copy what it finds in `memo`, but takes what stands there instead.
-        # The weights, the unit's own modules, and modules without weights (such as ReLU) stay the
-        # model's own. All other modules are replaced by stubs.
+        # deepcopy does not copy what it finds in `memo`, but takes what stands there instead: all
+        # weights, the unit's own modules and modules without weights (such as ReLU) stay those of
+        # the model, other closed modules become stubs. Only the code around them is copied.
         memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         for name, module in closed.items():
             if name in names or not module.state_dict():
@@ -695,13 +763,13 @@ class _Unit(nn.Module):
                 memo[id(module)] = _Stub(self, name, weightless_model.get_submodule(name))
         self.body = copy.deepcopy(model, memo)
         if first_name != "":
-            self._detach_from_first_unit(closed)
+            self._replace_tensors_of_first_unit(closed)
 
-    def _detach_from_first_unit(self, closed):
-        """Replace tensors outside of the closed modules, which belong to the first unit.
+    def _replace_tensors_of_first_unit(self, closed):
+        """Replace the tensors that are in no closed module. They belong to the first unit.
 
-        Code that runs before this unit begins may use them. Weights become NaN, and buffers are
-        copied, as that code may change them. Neither is in the state_dict.
+        In this unit, code may only use them before the unit begins. Weights become NaN, so that
+        another use is noticed. Buffers become copies, since that code may change them.
         """
         inside = {id(t) for m in closed.values() for t in (*m.parameters(), *m.buffers())}
         for module in self.body.modules():
@@ -709,7 +777,7 @@ class _Unit(nn.Module):
             buffers = dict(module.named_buffers(recurse=False))
             for name, tensor in (weights | buffers).items():
                 if id(tensor) not in inside:
-                    own = torch.full_like(tensor, math.nan) if name in weights else tensor.clone()
+                    own = _nan_like(tensor) if name in weights else tensor.clone()
                     delattr(module, name)
                     module.register_buffer(name, own, persistent=False)
 
@@ -720,7 +788,8 @@ class _Unit(nn.Module):
         self.num_inputs = len(x)
         self.device = x.device
         self.has_begun = False
-        # What runs before the unit begins must not use up random numbers.
+        # What runs before the unit begins must not use up random numbers. `fork_rng` restores their
+        # state when this stack is closed: by `begin`, or by `with` if `begin` is never called.
         restore_rng = contextlib.ExitStack()
         restore_rng.enter_context(torch.random.fork_rng([x.device] if x.is_cuda else []))
 
@@ -736,19 +805,23 @@ class _Unit(nn.Module):
         first_module = self.body.get_submodule(self.first_name)
         try:
             with restore_rng, first_module.register_forward_pre_hook(begin, with_kwargs=True):
-                output = _logits(self.body(self.placeholders(self.x)))  # the last unit gets here
+                # This returns in the last unit. In the others a stub raises _EndOfUnit.
+                output = _logits(self.body(self.placeholders(self.x)))
         except _EndOfUnit as end:
             output = end.output
+        if not self.has_begun:
+            raise ValueError(f"the model did not call {self.first_name}")
         if type(output) is _Placeholder:
-            raise ValueError("the model passes more than one tensor on")
+            raise ValueError("more than one tensor passes from one unit to the next")
         return output
 
     def placeholders(self, recorded):
-        """Placeholders for recorded tensors, in their shapes but for the number of inputs."""
+        """Placeholders for recorded tensors, in their shapes except for the number of inputs."""
 
         def placeholder(tensor):
             shape = list(tensor.shape)
-            if shape[:1] == [len(self.x)]:
+            has_batch_dimension = len(shape) > 0 and shape[0] == len(self.x)
+            if has_batch_dimension:
                 shape[0] = self.num_inputs
             value = math.nan if tensor.is_floating_point() else 0
             filled = torch.full(shape, value, dtype=tensor.dtype, device=self.device)
@@ -775,9 +848,11 @@ class _Stub(nn.Module):
         return self.unit.placeholders(self.unit.outputs[self.name])
 
     def __getattr__(self, name):  # called for what the stub itself does not have
-        # In `__dict__`, because without it (in unpickling) this function would call itself.
+        # Through `__dict__`: as long as it is not set (in unpickling), `self.weightless_module`
+        # would call this function again.
         return getattr(self.__dict__["weightless_module"], name)
 
     def __deepcopy__(self, memo):
         """A stub for a copy of its unit. The module without weights is shared."""
+        # The copy of the unit stands in `memo` already, since its body is copied as a part of it.
         return _Stub(copy.deepcopy(self.unit, memo), self.name, self.weightless_module)

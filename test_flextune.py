@@ -650,6 +650,11 @@ def test_top_k_accuracy_with_ties_and_nan():
 X, Y = images(8, seed=0)
 
 
+def nan_for_some(unit, x):
+    is_third = torch.arange(len(x)) == 2
+    return x.masked_fill(is_third[:, None], math.nan)
+
+
 class OwnInit(nn.Sequential):
     """Slices of it are made by a constructor that ignores what they should contain."""
 
@@ -711,6 +716,10 @@ def with_a_side_channel():
         ({"val": (X / 255, Y)}, "must have the same dtype and the same shape"),
         ({"train": (X[:0], Y[:0])}, "train is empty"),
         ({"settings": replace(FAST, top_k=5)}, "top_k is 5, but there are 4 classes"),
+        (
+            {"net": between_linear_units(Function(nan_for_some))},
+            "returns NaN for some images of val",
+        ),
     ],
 )
 def test_what_would_be_silently_wrong_is_refused_when_a_task_is_made(source, wrong, message):
@@ -750,7 +759,7 @@ def test_numbers_out_of_range_are_refused(source, train, val):
 
 
 def test_a_unit_without_parameters_cannot_be_tuned(source, train, val):
-    with pytest.raises(ValueError, match="unit 3 has no parameters to tune"):
+    with pytest.raises(ValueError, match=re.escape("units [3] have no parameters to tune")):
         tune(source, 3, train, val)
 
 
@@ -800,7 +809,7 @@ def test_ft_ss_tunes_scales_shifts_and_the_last_unit(source, train, val):
     source_before = copy.deepcopy(source)
     result = flextune.ft_ss(Task(source, train, val, replace(FAST, batch_statistics=True)))
     net = result.net
-    # A scale for each kernel (output, input) or output of the linear layer, a shift for each output.
+    # A scale per kernel (output, input) or output of the linear layer, a shift per output.
     num_scales = 8 * 3 + 8 * 8 + 16
     num_shifts = 8 + 8 + 16
     assert result.num_trained == num_scales + num_shifts + (16 * 4 + 4)
@@ -821,6 +830,13 @@ def test_ft_ss_tunes_scales_shifts_and_the_last_unit(source, train, val):
     for unit in (0, 1):  # BatchNorm keeps weights and statistics, whatever the settings say
         assert same_state(net[unit][1], source[unit][1])
     assert not same_state(net[4], source[4])
+
+
+def test_ft_ss_returns_the_buffers_of_the_network_that_it_reports(train, val):
+    net = between_linear_units(nn.Sequential(Center(), nn.Linear(192, 192)))
+    result = flextune.ft_ss(Task(net, train, val, FAST))
+    assert result.net[1][0].mean != 0
+    assert result.accuracy == flextune.accuracy(result.net, val)
 
 
 def test_ft_ss_refuses_weights_that_are_parametrized(train, val):
@@ -1599,9 +1615,10 @@ def test_inception2_takes_images_of_any_size(size):
 def test_no_other_file_of_weights_is_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("opens it"))
     save_weights(tmp_path / "few.npz", {"logits/biases": np.zeros(1000, np.float32)})
-    for name in ("few.npz", "missing.npz"):
-        with pytest.raises(models.WeightsError, match="must be TensorNets' file"):
-            models.load_inception2(tmp_path / name)
+    with pytest.raises(models.WeightsError, match="few.npz is not TensorNets' file"):
+        models.load_inception2(tmp_path / "few.npz")
+    with pytest.raises(models.WeightsError, match="missing.npz is missing"):
+        models.load_inception2(tmp_path / "missing.npz")
 
 
 def test_pacs_takes_rows_of_the_last_layer_of_any_network():
@@ -2531,9 +2548,31 @@ class BranchOnValues(Transformer):
 
     def forward(self, tokens):
         x = self.encoder(self.embeddings(tokens))[:, 0]
-        if (tokens == 99).any():
+        if int((tokens == 99).sum()) > 0:
             x = x / 2
         return self.head(x)
+
+
+class Masked(Transformer):
+    """A mask of padding tokens goes to every layer. It is written into another tensor."""
+
+    def forward(self, tokens):
+        mask = torch.zeros(tokens.shape)
+        mask[tokens == 99] = 1
+        x = self.embeddings(tokens)
+        for layer in self.encoder.layers:
+            x = layer(x) - mask[:, :, None]
+        return self.head(x[:, 0])
+
+
+class Checkpointed(Transformer):
+    """With gradient checkpointing, units would give the same logits but wrong gradients."""
+
+    def forward(self, tokens):
+        x = self.embeddings(tokens)
+        for layer in self.encoder.layers:
+            x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+        return self.head(x[:, 0])
 
 
 class TiedHead(Transformer):
@@ -2658,6 +2697,13 @@ def test_buffers_outside_of_all_units_are_those_of_the_first_unit():
     assert torch.equal(model.eval()(PIXELS), result.net(PIXELS))
 
 
+def test_no_unit_begins_where_a_second_tensor_passes():
+    """Although for x, which has no padding, the mask makes no difference."""
+    with pytest.warns(UserWarning, match="only 2 units .encoder.* cannot begin a unit: "):
+        net = models.split(Masked(), TOKENS)
+    assert list(flextune.unit_names(net).values()) == ["embeddings", "head"]
+
+
 def test_units_refuse_inputs_of_another_shape():
     net = models.split(ResNet(), PIXELS)
     with pytest.raises(ValueError, match=re.escape("of shape [3, 32, 32]")):
@@ -2672,23 +2718,29 @@ class NumPyRandom(nn.Module):
 @pytest.mark.parametrize(
     "model, x, options, message",
     [
-        (ResNet(), PIXELS, {"open": ["layer9"]}, "the model has no modules of these names: layer9"),
+        (
+            ResNet(),
+            PIXELS,
+            {"open": ["layer9"]},
+            "the model has no modules with children named layer9",
+        ),
         (ResNet(), PIXELS[:1], {}, "split needs two or more inputs"),
         (ResNet(), PIXELS, {"num_units": 0}, "num_units must be at least 1, not 0"),
         (
             Decoder(),
             TOKENS,
             {},
-            "head cannot begin a unit: the model passes more than one tensor on",
+            "head cannot begin a unit: more than one tensor passes",
         ),
         (TiedHead(), TOKENS, {"num_units": 1}, "head cannot begin a unit: "),
-        (BranchOnValues(), TOKENS, {"num_units": 1}, "head cannot begin a unit: .* by a value"),
+        (Checkpointed(), TOKENS, {}, "checkpoint"),
+        (BranchOnValues(), TOKENS, {"num_units": 1}, "head cannot begin a unit: what the model"),
         (nn.Sequential(nn.Flatten(), nn.Linear(3072, 8)), PIXELS, {}, "fewer than two modules"),
         (
             nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), NumPyRandom(), nn.Linear(8, 2)),
             PIXELS,
             {},
-            "for 4 inputs and training=True",
+            "the logits of the units differ in training mode",
         ),
     ],
     ids=[
@@ -2697,6 +2749,7 @@ class NumPyRandom(nn.Module):
         "no units",
         "token ids",
         "tied weights",
+        "checkpointing",
         "branch",
         "one layer",
         "random",
