@@ -43,11 +43,11 @@ class Settings:
     check_every: int = 5  # validate every this many epochs; the paper: 5 to 10
     patience: int = 5  # stop after this many validations without improvement
     max_epochs: int = 300  # upper limit on the number of epochs
-    batch_statistics: bool = False  # True: norms with running averages train in tuned units
+    batch_statistics: bool = False  # True: BatchNorm in tuned units uses and updates them
     top_k: int = 1  # a prediction is correct if the label is among the k largest logits
     seed: int = 0  # for shuffling, dropout, and random numbers that augment draws from PyTorch
     device: str | torch.device | None = None  # None: CUDA if available, else the CPU
-    cache_bytes: int = 2 * 1024**3  # limit for cached outputs; making them takes up to three times
+    cache_bytes: int = 2 * 1024**3  # limit for cached outputs; the peak is up to 3 x as high
     bfloat16: bool = False  # train under bfloat16 autocast; all but training keeps full precision
     augment: Callable | None = None  # batch -> batch, in training; uint8 images are x / 255 by then
     loss: Callable = nn.functional.cross_entropy  # loss(logits [B, classes], labels [B]) -> scalar
@@ -181,8 +181,8 @@ def surgery(net: nn.Sequential, tuned: nn.Sequential, unit: int) -> nn.Sequentia
 def candidates(net: nn.Sequential) -> list[int]:
     """The numbers of the units that have parameters, in ascending order.
 
-    A unit without parameters, such as dropout, is never tuned by itself. It is in training mode if
-    it is among several units that are tuned, as it is for "all".
+    A unit without parameters, such as dropout, is not a candidate. It is only active when it is
+    tuned together with other units, as in "all".
     """
     return [number for number, unit in enumerate(net, start=1) if list(unit.parameters())]
 
@@ -195,9 +195,9 @@ def certainty(task: Task, selection: Selection, delta: float = 0.05) -> dict:
         lead: Validation accuracy of the choice minus that of the runner-up.
         standard_error: Standard error of the lead.
         bound: With probability at least 1 - delta, the validation accuracy of every candidate is
-            within this distance of its expected accuracy. Section 3.3: Hoeffding's inequality and
-            a union bound over the candidates. It ignores that the best epoch of each candidate
-            was selected on the same validation set.
+            within this distance of its expected accuracy. By Hoeffding's inequality and a union
+            bound over the candidates, which gives the rate of section 3.3. It ignores that the
+            best epoch of each candidate was selected on the same validation set.
     """
     if selection.proxies:
         raise ValueError("certainty needs a selection of flex, which tunes every candidate")
@@ -239,8 +239,10 @@ def ft_ss(task: Task) -> Result:
     nn.Conv2d and nn.Conv3d gets a scale (initially 1) per kernel and a shift (initially 0) per
     output channel, every nn.Linear a scale and a shift per output. In the returned network they are
     folded into the weights and biases, so layers below the last unit have biases even if they had
-    none before. Dropout is active in all units.
+    none before. Dropout is active in all units, and BatchNorm keeps its running averages.
     """
+    # `fine_tune` trains every parameter of a unit. So below the last unit, weights become buffers,
+    # and scales and shifts are the only parameters there.
     last_unit = candidates(task.net)[-1]
     scaled_net = copy.deepcopy(task.net)
     for layer in list(scaled_net[: last_unit - 1].modules()):
@@ -248,7 +250,7 @@ def ft_ss(task: Task) -> Result:
     # With batch statistics, BatchNorm would subtract the shift of the layer before it.
     settings = replace(task.settings, batch_statistics=False)
     scaled_task = Task(scaled_net, task.train, task.val, settings, task.report)
-    result = fine_tune(scaled_task, "all")  # all parameters: scales, shifts, the last unit's
+    result = fine_tune(scaled_task, "all")
 
     folded_net = copy.deepcopy(surgery(task.net, result.net, last_unit)).eval()
     for name, layer in result.net[: last_unit - 1].named_modules():
@@ -256,18 +258,19 @@ def ft_ss(task: Task) -> Result:
             folded = folded_net.get_submodule(name)
             folded.weight = nn.Parameter(layer.weight.detach())
             folded.bias = nn.Parameter(layer.bias.detach())
+    # Training may have changed buffers of modules that are not PyTorch's own norms.
     for name, buffer in folded_net.named_buffers():
-        buffer.copy_(result.net.get_buffer(name))  # other norms than PyTorch's may have moved
+        buffer.data = result.net.get_buffer(name).clone()
     return replace(result, net=folded_net)
 
 
 def _add_scale_and_shift(layer: nn.Module) -> None:
-    """Make buffers of the layer's parameters; linear and conv layers get a scale and a shift."""
+    """Turn the layer's parameters into buffers, and give linear and conv layers scale and shift."""
     if parametrize.is_parametrized(layer):
         raise ValueError("ft_ss cannot scale a weight that is already parametrized (weight_norm?)")
     for name, weight in list(layer.named_parameters(recurse=False)):
         delattr(layer, name)
-        layer.register_buffer(name, weight.detach())  # `fine_tune` trains every parameter
+        layer.register_buffer(name, weight.detach())
     if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         # Training the bias is the same as training a shift that is added to it.
         if layer.bias is None:
@@ -342,7 +345,8 @@ def _train(task: Task, unit_numbers: tuple[int, ...], epochs: int | None) -> Res
     num_cached, x = task.cached_outputs("train", 0 if settings.augment else num_frozen)
 
     net = _copy_units(task.net, unit_numbers)
-    net.eval().requires_grad_(False)  # a caller may have changed the units that results share
+    # The frozen units are also those of earlier results, whose user may have changed their mode.
+    net.eval().requires_grad_(False)
     tuned = nn.ModuleList(net[number - 1] for number in unit_numbers).requires_grad_(True)
     optimizer = torch.optim.Adam(tuned.parameters(), lr=settings.lr, fused=True)
     shuffle_rng = torch.Generator().manual_seed(settings.seed)
@@ -492,8 +496,9 @@ class Task:
             )
         default_device = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(settings.device or default_device)
+        # In `whole_net`, units still share what they share in the given network. In `self.net` each
+        # unit is copied by itself, as for fine-tuning. `_check_outputs` compares the two.
         whole_net = copy.deepcopy(net).to(device).eval().requires_grad_(False)
-        # Copy each unit by itself, as for fine-tuning. `_check_outputs` compares it with whole_net.
         self.net = _copy_units(whole_net, range(1, len(net) + 1))
         self.train = (train[0].detach().to(device), train[1].to(device))
         self.val = (val[0].detach().to(device), val[1].to(device))
@@ -593,14 +598,14 @@ class Task:
         """Outputs of the lowest units on "train" or "val", from which training starts.
 
         Returns (num_cached, outputs), with the largest num_cached <= num_frozen that may be cached.
-        Frozen units above it run again in every batch. One output of each dataset is kept: it is
-        computed further if more units are asked for, and from the images if fewer are.
+        Frozen units above it run again in every batch. Only the latest outputs of each dataset are
+        kept: those of more units continue from there, those of fewer start again from the images.
         """
         target = max(number for number in self._cacheable if number <= num_frozen)
         num_cached, outputs = self._cache[dataset]
         if num_cached > target:
             num_cached = 0
-            outputs = self.train[0] if dataset == "train" else self.val[0]
+            outputs = getattr(self, dataset)[0]
         if num_cached < target:
             outputs = run_units(self.net, outputs, num_cached, target)
         self._cache[dataset] = (target, outputs)
@@ -646,13 +651,14 @@ def run_units(
     `x` is the output of the units before, net[:start], or the images if start is 0.
     """
     units = net.eval()[start:stop]
-    # Nearly equal sizes: units that squeeze would lose the first dimension of a single last image.
+    # Batches of nearly equal size. A last batch of one image could lose its first dimension in a
+    # unit that squeezes.
     batches = x.tensor_split(math.ceil(len(x) / EVAL_BATCH_SIZE))
     return torch.cat([units(prepare_batch(net, batch, start)) for batch in batches])
 
 
 def prepare_batch(net: nn.Sequential, x: torch.Tensor, start: int = 0) -> torch.Tensor:
-    """Copy a batch for net[start:], which may change it in place.
+    """Copy a batch for net[start:]. Units may change their input in place.
 
     Images and features (start = 0) are converted to the dtype of the weights, and uint8 is divided
     by 255. Tokens, and what one unit passes to the next, are left unchanged.
@@ -682,7 +688,7 @@ def in_top_k(logits: torch.Tensor, y: torch.Tensor, top_k: int = 1) -> torch.Ten
 
 
 def check_units(net: nn.Sequential) -> None:
-    """Raise ValueError unless `net` is a plain nn.Sequential of separate units with parameters."""
+    """Raise ValueError unless `net` is a plain nn.Sequential whose units share no parameters."""
     if type(net) is not nn.Sequential:  # net[:] of a subclass would call its own __init__
         raise ValueError("the network must be a plain nn.Sequential whose children are the units")
     if net._parameters or net._buffers or net._forward_hooks or net._forward_pre_hooks:

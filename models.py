@@ -1,9 +1,9 @@
-"""The networks of the paper (section 5.1), and `split`, which makes units out of other models.
+"""The networks of the paper (section 5.1), and `split`, which splits other models into units.
 
 The networks are `nn.Sequential`s whose children are the units. They take float images
 [N, channels, H, W] in [0, 1] and return logits [N, classes]. The two small networks are those of
-the authors' code. Inception2 is TensorNets', as in the paper: BN-Inception (Ioffe & Szegedy, arXiv
-1502.03167) with the weights of TF-slim.
+the authors' code. Inception2 is the implementation of TensorNets that the paper uses: BN-Inception
+(Ioffe & Szegedy, arXiv 1502.03167) with the weights of TF-slim.
 """
 
 import contextlib
@@ -136,7 +136,7 @@ def inception2(classes: int = 1000, width: float = 1.0) -> nn.Sequential:
         "2": _conv_bn_relu(scaled(64), scaled(192), 3),
         "pool": _halving_pool(),
     }
-    units["block2"] = nn.Sequential(OrderedDict(block2))
+    units["block2"] = _named(**block2)
     channels = scaled(192)
     for name, branches in BRANCHES.items():
         conv3 = [scaled(n) for n in branches.conv3]
@@ -147,9 +147,10 @@ def inception2(classes: int = 1000, width: float = 1.0) -> nn.Sequential:
         else:
             conv1 = scaled(branches.conv1)
             projection = scaled(branches.projection)
-            pool = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
             if name == "block5b":
                 pool = nn.MaxPool2d(3, stride=1, padding=1)
+            else:
+                pool = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
             units[name] = _inception_module(channels, conv1, conv3, double, projection, pool)
             channels = conv1 + conv3[-1] + double[-1] + projection
     units["logits"] = _named(
@@ -182,8 +183,8 @@ class SamePad(nn.Module):
     def forward(self, x):
         padding = []  # left, right, top, bottom
         for size in (x.shape[3], x.shape[2]):
-            # (ceil(size / 2) - 1) * 2 + kernel_size - size, for ceil(size / 2) outputs
-            total = self.kernel_size - 2 + size % 2
+            outputs = math.ceil(size / 2)
+            total = (outputs - 1) * 2 + self.kernel_size - size
             padding += [total // 2, total - total // 2]
         return pad(x, padding, value=self.value)
 
@@ -261,7 +262,7 @@ PACS_ROWS = {  # class of PACS: its row in ILSVRC's last layer, counted from 0 (
 
 
 def pacs_head(net: nn.Sequential) -> nn.Sequential:
-    """A copy of `net` whose last layer keeps only the ILSVRC rows of the six PACS classes."""
+    """A copy of `net` whose last layer keeps only the ILSVRC rows of PACS (without "person")."""
     net = copy.deepcopy(net)
     linear_layers = [layer for layer in net.modules() if isinstance(layer, nn.Linear)]
     if not linear_layers or linear_layers[-1].out_features != 1000:
@@ -435,8 +436,9 @@ def _zero_start(layer: nn.Module) -> nn.Module:
 #   - The stub of block2, a later module, ends the run. Its input is the output of the unit.
 #
 # What is computed from a placeholder is a placeholder, too. So `_cut` finds out where the model can
-# be cut by trying: if a second tensor passes the cut (over a skip connection, say), it is a
-# placeholder in the next unit, and so are the logits.
+# be cut by trying: it runs all that follows the cut as one unit. If a second tensor passes the cut
+# (over a skip connection, say), it is a placeholder there, so the logits are, and the cut is not
+# made.
 
 
 def split(
@@ -445,8 +447,8 @@ def split(
     """Make an `nn.Sequential` of units out of a model.
 
     The units run the model's own code and contain its own modules, so tuned weights are written
-    into the model by `net.load_state_dict(selection.result.net.state_dict())`. What changes `net`
-    in another way, such as `net.eval()`, changes the model's modules, too.
+    into the model by `net.load_state_dict(selection.result.net.state_dict())`. Any other change of
+    `net`, such as `net.eval()`, also changes the model's modules.
 
     A unit is named after its first layer, which is a module with a weight matrix, and includes what
     follows, such as a norm. Weights outside of all modules that are called, such as a position
@@ -454,16 +456,17 @@ def split(
 
     Args:
         model: Called with one tensor; returns logits [N, classes], or a tuple that begins with
-            them, or a dictionary with the key "logits". Without gradient checkpointing.
-        x: Two or more typical inputs of the model [N, ...], on its device.
+            them, or a dictionary with the key "logits". It must be on the device and in the dtype
+            in which the units are used, and gradient checkpointing must be off.
+        x: Two or more typical inputs of the model [N, ...].
         num_units: Target number of units. The modules with the most layers are opened, that is, cut
-            inside, until there are at least this many units. Modules with less than 1 / num_units
-            of all layers stay whole. A warning says why if there are fewer units in the end.
+            inside, until there are at least this many units. Modules with fewer than 1 / num_units
+            of all layers stay whole. If there are fewer units in the end, a warning says why.
         open: Names of modules that are always opened, as in `model.named_modules()`.
 
     Raises ValueError if the model cannot be cut, or if the units would not compute what the model
     computes: the same logits, bit for bit, in evaluation mode for x and for x[:1] and in training
-    mode for x, with the same gradients and changes of buffers.
+    mode for x, the same changes of buffers, and the same gradients up to rounding.
     """
     num_layers = {}  # of all modules that have children; "" is the model itself
     for name, module in model.named_modules():
@@ -480,7 +483,7 @@ def split(
 
     called = _called_modules(model, x)
     net = None
-    problem = None  # why there are no more units
+    problem = "it has no modules inside"  # why there are no more units
     # The model itself ("") has the most layers and comes first: it is cut between its children.
     for name in sorted(num_layers, key=num_layers.get, reverse=True):
         is_small = num_layers[name] < num_layers[""] / num_units
@@ -497,7 +500,7 @@ def split(
             opened.add(name)
     if net is None:
         raise ValueError(f"the model cannot be split into units: {problem}")
-    if len(net) < num_units <= num_layers[""]:
+    if len(net) < min(num_units, num_layers[""]):
         reason = problem or "its other modules have few layers"
         warnings.warn(f"split found only {len(net)} units ({reason})", stacklevel=2)
     return net
@@ -505,7 +508,7 @@ def split(
 
 @torch.no_grad()
 def _called_modules(model: nn.Module, x: torch.Tensor) -> set[str]:
-    """The names of the modules that the model calls. An `nn.ModuleList`, say, is never called."""
+    """The names of the modules that the model calls (never an `nn.ModuleList`, for example)."""
     called = set()
     model = copy.deepcopy(model).eval()
     for name, module in model.named_modules():
@@ -535,27 +538,29 @@ def _cut(
 
     num_calls = len(recording.calls)
     weights = [set(closed[call.name].parameters()) for call in recording.calls]
-    layers = [n for n in range(num_calls) if any(weight.dim() > 1 for weight in weights[n])]
+    layer_calls = [n for n in range(num_calls) if any(weight.dim() > 1 for weight in weights[n])]
     starts = [0]  # index of the first call of each unit
     problem = None
-    for index in layers[1:]:  # the first layer belongs to the first unit
+    for index in layer_calls[1:]:  # the first layer belongs to the first unit
         call = recording.calls[index]
         if set().union(*weights[:index]) & set().union(*weights[index:]):
             reason = "modules before it use the same weights"
+        elif call.tensor is None:
+            reason = "it is called without a tensor"
         else:
             reason = _difference(make_unit(index, num_calls), call.tensor, recording.logits)
         if reason is None:
             starts.append(index)
         else:
             problem = f"{call.name} cannot begin a unit: {reason}"
-    if len(layers) < 2:
+    if len(layer_calls) < 2:
         problem = "it calls fewer than two modules with weights: is it wrapped or compiled?"
     if len(starts) == 1:
         raise ValueError(problem)
 
     net = nn.Sequential()
     for start, stop in pairwise([*starts, num_calls]):
-        first_layer = min(index for index in layers if index >= start)
+        first_layer = max(start, layer_calls[0])
         name = recording.calls[first_layer].name.replace(".", "/")  # PyTorch allows no dot
         net.add_module(name, make_unit(start, stop))
 
@@ -567,15 +572,15 @@ def _closed_modules(model: nn.Module, called: set[str], opened: set[str]) -> dic
     """The outermost modules that are called and not opened, by name. They are never cut inside."""
     closed = {}
     for name, module in model.named_modules():
-        is_opened = any(_is_within(other, name) for other in opened)  # it, or a module in it
-        is_in_closed = any(_is_within(name, other) for other in closed)
+        is_opened = any(_is_within(inner, name) for inner in opened)  # it, or a module in it
+        is_in_closed = any(_is_within(name, outer) for outer in closed)
         if name in called and not is_opened and not is_in_closed:
             closed[name] = module
     return closed
 
 
 def _is_within(name: str, outer: str) -> bool:
-    """Whether a module is another one or inside of it. All are inside of the model, ""."""
+    """Whether a module is `outer` itself or inside it. All are inside the model itself, ""."""
     return outer in ("", name) or name.startswith(f"{outer}.")
 
 
@@ -664,6 +669,7 @@ def _check_equal(net: nn.Sequential, model: nn.Module, x: torch.Tensor) -> None:
     if not torch.equal(logits, _train_once(trained_model, x)):
         raise ValueError("the logits of the units differ in training mode")
 
+    # Each tensor of the model is in the body of one unit only: stubs have none of their own.
     state = {}
     gradients = {}
     for unit in trained_net:
@@ -675,7 +681,7 @@ def _check_equal(net: nn.Sequential, model: nn.Module, x: torch.Tensor) -> None:
     for name, weight in trained_model.named_parameters():
         gradient = gradients[name]
         if gradient is None or weight.grad is None:
-            is_same = gradient is weight.grad
+            is_same = gradient is None and weight.grad is None
         else:
             difference = (gradient - weight.grad).abs().max()
             is_same = difference <= 1e-3 * weight.grad.abs().max()
@@ -720,7 +726,8 @@ class _Placeholder(torch.Tensor):
         result = super().__torch_function__(function, types, args, kwargs or {})  # a placeholder
         is_in_place = name.endswith("_") and not name.endswith("__")
         if is_in_place or name == "__setitem__" or name.startswith("__i"):
-            args[0].__class__ = cls  # the tensor that it was written into
+            # A placeholder was written into a tensor, which becomes one itself.
+            args[0].__class__ = cls
         return result
 
     def __deepcopy__(self, memo):
@@ -752,9 +759,10 @@ class _Unit(nn.Module):
         self.x = recording.x
         self.outputs = recording.outputs
         self.first_name = first_name
-        # deepcopy does not copy what it finds in `memo`, but takes what stands there instead: all
-        # weights, the unit's own modules and modules without weights (such as ReLU) stay those of
-        # the model, other closed modules become stubs. Only the code around them is copied.
+        # Where `memo` has an entry for an object, deepcopy takes it instead of a copy. So the
+        # body shares with the model: weights and buffers, the unit's own modules, and modules
+        # without weights (such as ReLU). Stubs take the place of all other closed modules. Only
+        # what is around the closed modules is copied.
         memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         for name, module in closed.items():
             if name in names or not module.state_dict():
@@ -763,13 +771,14 @@ class _Unit(nn.Module):
                 memo[id(module)] = _Stub(self, name, weightless_model.get_submodule(name))
         self.body = copy.deepcopy(model, memo)
         if first_name != "":
-            self._replace_tensors_of_first_unit(closed)
+            self._replace_tensors_owned_by_first_unit(closed)
 
-    def _replace_tensors_of_first_unit(self, closed):
-        """Replace the tensors that are in no closed module. They belong to the first unit.
+    def _replace_tensors_owned_by_first_unit(self, closed):
+        """Replace the tensors that are in no closed module: they belong to the first unit.
 
-        In this unit, code may only use them before the unit begins. Weights become NaN, so that
-        another use is noticed. Buffers become copies, since that code may change them.
+        In the other units, only code that runs before the unit begins may use them. Weights become
+        NaN, so that any other use is noticed. Buffers become copies, since that code may change
+        them.
         """
         inside = {id(t) for m in closed.values() for t in (*m.parameters(), *m.buffers())}
         for module in self.body.modules():
@@ -788,24 +797,25 @@ class _Unit(nn.Module):
         self.num_inputs = len(x)
         self.device = x.device
         self.has_begun = False
-        # What runs before the unit begins must not use up random numbers. `fork_rng` restores their
-        # state when this stack is closed: by `begin`, or by `with` if `begin` is never called.
-        restore_rng = contextlib.ExitStack()
-        restore_rng.enter_context(torch.random.fork_rng([x.device] if x.is_cuda else []))
+        # What runs before the unit begins must not use up random numbers: `rng_fork` restores their
+        # state when `begin` closes it. (Then `with` closes it once more, without effect.)
+        rng_fork = contextlib.ExitStack()
+        rng_fork.enter_context(torch.random.fork_rng([x.device] if x.is_cuda else []))
 
         def begin(module, args, kwargs):
             """The first module is called: replace its input by that of the unit."""
             if self.has_begun:
                 return None  # it is called once more in this unit
             self.has_begun = True
-            restore_rng.close()
-            input = _first_tensor((args, kwargs))
-            return tree_map(lambda value: x if value is input else value, (args, kwargs))
+            rng_fork.close()
+            placeholder = _first_tensor((args, kwargs))
+            return tree_map(lambda value: x if value is placeholder else value, (args, kwargs))
 
-        first_module = self.body.get_submodule(self.first_name)
+        first_module = self.body.get_submodule(self.first_name)  # "" is the body itself
         try:
-            with restore_rng, first_module.register_forward_pre_hook(begin, with_kwargs=True):
-                # This returns in the last unit. In the others a stub raises _EndOfUnit.
+            with rng_fork, first_module.register_forward_pre_hook(begin, with_kwargs=True):
+                # x enters in `begin`. Only the last unit returns here: in the others, a stub raises
+                # _EndOfUnit.
                 output = _logits(self.body(self.placeholders(self.x)))
         except _EndOfUnit as end:
             output = end.output
@@ -854,5 +864,5 @@ class _Stub(nn.Module):
 
     def __deepcopy__(self, memo):
         """A stub for a copy of its unit. The module without weights is shared."""
-        # The copy of the unit stands in `memo` already, since its body is copied as a part of it.
+        # Stubs are only copied as a part of their unit, whose copy is in `memo` by then.
         return _Stub(copy.deepcopy(self.unit, memo), self.name, self.weightless_module)

@@ -839,6 +839,14 @@ def test_ft_ss_returns_the_buffers_of_the_network_that_it_reports(train, val):
     assert result.accuracy == flextune.accuracy(result.net, val)
 
 
+def test_ft_ss_tunes_a_model_that_was_split():
+    torch.manual_seed(0)
+    y = torch.tensor([0, 1, 2, 0])
+    task = Task(models.split(Transformer(), TOKENS), (TOKENS, y), (TOKENS, y), FAST)
+    result = flextune.ft_ss(task)
+    assert result.accuracy == flextune.accuracy(result.net, (TOKENS, y))
+
+
 def test_ft_ss_refuses_weights_that_are_parametrized(train, val):
     net = between_linear_units(nn.utils.parametrizations.weight_norm(nn.Linear(192, 192)))
     with pytest.raises(ValueError, match="a weight that is already parametrized"):
@@ -2699,7 +2707,7 @@ def test_buffers_outside_of_all_units_are_those_of_the_first_unit():
 
 def test_no_unit_begins_where_a_second_tensor_passes():
     """Although for x, which has no padding, the mask makes no difference."""
-    with pytest.warns(UserWarning, match="only 2 units .encoder.* cannot begin a unit: "):
+    with pytest.warns(UserWarning, match="only 2 units .* cannot begin a unit: more than one"):
         net = models.split(Masked(), TOKENS)
     assert list(flextune.unit_names(net).values()) == ["embeddings", "head"]
 
