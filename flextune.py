@@ -1,13 +1,12 @@
 """Flex-tuning: find the one unit of a pretrained network to fine-tune on different-looking data.
 
 Royer & Lampert, "A Flexible Selection Scheme for Minimum-Effort Transfer Learning", WACV 2020.
-This file needs only PyTorch. Copy it into your project:
+This file needs only PyTorch, and Python 3.11 or newer. Copy it into your project:
 
     task = Task(net, (x_train, y_train), (x_val, y_val), Settings(lr=1e-4))
     selection = flex(task)  # or fast_flex, faster_flex
     print(selection.chosen, selection.result.accuracy)
-    tuned_net = copy.deepcopy(selection.result.net)
-    print(accuracy(tuned_net, (x_test, y_test)))
+    print(accuracy(selection.result.net, (x_test, y_test)))
 
 net  an nn.Sequential that returns logits [N, classes]. Its children are the units, numbered from 1
      as in the paper: unit l is net[l - 1].
@@ -43,11 +42,11 @@ class Settings:
     check_every: int = 5  # validate every this many epochs; the paper: 5 to 10
     patience: int = 5  # stop after this many validations without improvement
     max_epochs: int = 300  # upper limit on the number of epochs
-    batch_statistics: bool = False  # True: BatchNorm in tuned units uses and updates them
+    batch_statistics: bool = False  # True: in tuned units, norms use them and update averages
     top_k: int = 1  # a prediction is correct if the label is among the k largest logits
     seed: int = 0  # for shuffling, dropout, and random numbers that augment draws from PyTorch
     device: str | torch.device | None = None  # None: CUDA if available, else the CPU
-    cache_bytes: int = 2 * 1024**3  # limit for cached outputs; the peak is up to 3 x as high
+    cache_bytes: int = 2 * 1024**3  # limit for cached outputs; to replace them takes up to 3 x
     bfloat16: bool = False  # train under bfloat16 autocast; all but training keeps full precision
     augment: Callable | None = None  # batch -> batch, in training; uint8 images are x / 255 by then
     loss: Callable = nn.functional.cross_entropy  # loss(logits [B, classes], labels [B]) -> scalar
@@ -110,6 +109,8 @@ class Selection:
 #
 # The comments quote the pseudo-code. Its inputs N, D_train and D_val are in `task`. Of several
 # equal accuracies, `max` takes the first: the lowest unit, and a single unit rather than "all".
+# A proxy has the same l - 1 lowest units as N, so `num_shared` of their outputs need not be
+# computed again.
 
 
 def flex(task: Task) -> Selection:
@@ -195,9 +196,9 @@ def certainty(task: Task, selection: Selection, delta: float = 0.05) -> dict:
         lead: Validation accuracy of the choice minus that of the runner-up.
         standard_error: Standard error of the lead.
         bound: With probability at least 1 - delta, the validation accuracy of every candidate is
-            within this distance of its expected accuracy. By Hoeffding's inequality and a union
-            bound over the candidates, which gives the rate of section 3.3. It ignores that the
-            best epoch of each candidate was selected on the same validation set.
+            within this distance of its expected accuracy. This follows from Hoeffding's
+            inequality and a union bound over the candidates, and has the rate of section 3.3. It
+            ignores that the best epoch of each candidate was selected on the same validation set.
     """
     if selection.proxies:
         raise ValueError("certainty needs a selection of flex, which tunes every candidate")
@@ -233,13 +234,14 @@ def ft_fc(task: Task, n: int = 1) -> Result:
 
 
 def ft_ss(task: Task) -> Result:
-    """Fine-tune the last unit, and scales and shifts of the frozen weights in the units below it.
+    """Fine-tune the last unit, and a scale and a shift for every frozen layer below it.
 
     After Sun et al., "Meta-Transfer Learning for Few-Shot Learning", CVPR 2019: every nn.Conv1d,
     nn.Conv2d and nn.Conv3d gets a scale (initially 1) per kernel and a shift (initially 0) per
-    output channel, every nn.Linear a scale and a shift per output. In the returned network they are
-    folded into the weights and biases, so layers below the last unit have biases even if they had
-    none before. Dropout is active in all units, and BatchNorm keeps its running averages.
+    output channel, and every nn.Linear gets a scale and a shift per output. In the returned network
+    they are folded into the weights and biases, so layers below the last unit have biases even if
+    they had none before. Dropout is active in all units, and BatchNorm keeps its running averages.
+    The result is not in `task.results`: each call trains anew.
     """
     # `fine_tune` trains every parameter of a unit. So below the last unit, weights become buffers,
     # and scales and shifts are the only parameters there.
@@ -252,13 +254,15 @@ def ft_ss(task: Task) -> Result:
     scaled_task = Task(scaled_net, task.train, task.val, settings, task.report)
     result = fine_tune(scaled_task, "all")
 
+    # Start from the source network with the tuned last unit, and write the scaled weights and the
+    # biases into the layers below it.
     folded_net = copy.deepcopy(surgery(task.net, result.net, last_unit)).eval()
     for name, layer in result.net[: last_unit - 1].named_modules():
         if parametrize.is_parametrized(layer):
             folded = folded_net.get_submodule(name)
             folded.weight = nn.Parameter(layer.weight.detach())
             folded.bias = nn.Parameter(layer.bias.detach())
-    # Training may have changed buffers of modules that are not PyTorch's own norms.
+    # Training may have changed buffers, too: those of norms that are not PyTorch's own.
     for name, buffer in folded_net.named_buffers():
         buffer.data = result.net.get_buffer(name).clone()
     return replace(result, net=folded_net)
@@ -345,7 +349,7 @@ def _train(task: Task, unit_numbers: tuple[int, ...], epochs: int | None) -> Res
     num_cached, x = task.cached_outputs("train", 0 if settings.augment else num_frozen)
 
     net = _copy_units(task.net, unit_numbers)
-    # The frozen units are also those of earlier results, whose user may have changed their mode.
+    # Earlier results share the frozen units. A caller may have put these into training mode.
     net.eval().requires_grad_(False)
     tuned = nn.ModuleList(net[number - 1] for number in unit_numbers).requires_grad_(True)
     optimizer = torch.optim.Adam(tuned.parameters(), lr=settings.lr, fused=True)
@@ -375,9 +379,9 @@ def _train(task: Task, unit_numbers: tuple[int, ...], epochs: int | None) -> Res
                 f"validation {accuracy:.3f}, at most {seconds_left:.0f} s left"
             )
 
-        # The first validation always counts, because the source network does not compete.
-        improved = best_epoch == 0 or accuracy > best_accuracy
-        if improved or epochs is not None:
+        # The first validation always counts, because the source network does not compete. With a
+        # fixed number of epochs every validation counts, so the final state is returned.
+        if best_epoch == 0 or accuracy > best_accuracy or epochs is not None:
             best_epoch, best_accuracy = epoch, accuracy
             best_net = _copy_units(net, unit_numbers)
             checks_without_improvement = 0
@@ -386,7 +390,7 @@ def _train(task: Task, unit_numbers: tuple[int, ...], epochs: int | None) -> Res
         if checks_without_improvement == settings.patience:
             break
 
-    trained_weights = list(optimizer.state)  # Adam has a state for what received a gradient
+    trained_weights = list(optimizer.state)  # Adam keeps a state for what received a gradient
     if not trained_weights:
         raise ValueError("no gradient reached the tuned units: does the network use them?")
     return Result(
@@ -474,8 +478,8 @@ class Task:
             `results.clear()` frees it.
 
     Raises ValueError if the network or the data is not as described, or if units cannot be frozen
-    because their output is random or depends on the other images of a batch. What the network
-    itself raises for the data is passed on.
+    because their output is random or depends on the other images of a batch. Exceptions of the
+    network itself are passed on.
     """
 
     @torch.no_grad()
@@ -496,8 +500,8 @@ class Task:
             )
         default_device = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(settings.device or default_device)
-        # In `whole_net`, units still share what they share in the given network. In `self.net` each
-        # unit is copied by itself, as for fine-tuning. `_check_outputs` compares the two.
+        # Units may have modules in common, a dropout layer for example. In `whole_net` they still do.
+        # In `self.net` each has its own copy, as for fine-tuning. `_check_outputs` compares both.
         whole_net = copy.deepcopy(net).to(device).eval().requires_grad_(False)
         self.net = _copy_units(whole_net, range(1, len(net) + 1))
         self.train = (train[0].detach().to(device), train[1].to(device))
@@ -595,11 +599,12 @@ class Task:
 
     @torch.no_grad()
     def cached_outputs(self, dataset: str, num_frozen: int) -> tuple[int, torch.Tensor]:
-        """Outputs of the lowest units on "train" or "val", from which training starts.
+        """Outputs of the lowest units on "train" or "val".
 
         Returns (num_cached, outputs), with the largest num_cached <= num_frozen that may be cached.
         Frozen units above it run again in every batch. Only the latest outputs of each dataset are
-        kept: those of more units continue from there, those of fewer start again from the images.
+        kept: if more units are asked for, computation continues from them, and if fewer, it starts
+        again from the images.
         """
         target = max(number for number in self._cacheable if number <= num_frozen)
         num_cached, outputs = self._cache[dataset]
@@ -658,10 +663,11 @@ def run_units(
 
 
 def prepare_batch(net: nn.Sequential, x: torch.Tensor, start: int = 0) -> torch.Tensor:
-    """Copy a batch for net[start:]. Units may change their input in place.
+    """Copy a batch to the device of `net`, because units may modify their input in place.
 
-    Images and features (start = 0) are converted to the dtype of the weights, and uint8 is divided
-    by 255. Tokens, and what one unit passes to the next, are left unchanged.
+    The batch is the input of net[start:]. Images and features (start = 0) are converted to the
+    dtype of the weights, and uint8 is divided by 255. Tokens, and what one unit passes to the next,
+    are left unchanged.
     """
     weight = next(net.parameters())
     if start > 0 or x.dtype == torch.int64:
@@ -674,7 +680,7 @@ def in_top_k(logits: torch.Tensor, y: torch.Tensor, top_k: int = 1) -> torch.Ten
     """Whether each label [N] is among the k largest of its logits [N, classes]: bool [N].
 
     Among equal logits the lower class counts as larger. A row with NaN is never correct.
-    `torch.topk` promises neither.
+    `torch.topk` guarantees neither.
     """
     y = y[:, None]  # (N, 1)
     label_logit = logits.gather(1, y)  # (N, 1)

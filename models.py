@@ -293,7 +293,7 @@ def load_inception2(path: Path, md5: str = TENSORNETS_MD5) -> nn.Sequential:
     if not path.is_file():
         raise WeightsError(f"{path} is missing: put TensorNets' file there")
     with open(path, "rb") as file:
-        # With this argument, MD5 is also available where it is forbidden for security.
+        # With `usedforsecurity=False`, MD5 is also available where it is blocked for security.
         digest = hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False))
     if digest.hexdigest() != md5:
         raise WeightsError(f"{path} is not TensorNets' file, whose MD5 is {md5}: delete it")
@@ -329,7 +329,7 @@ def _torch_name(name: str) -> str:
 
 
 def _torch_layout(name: str, array: np.ndarray) -> torch.Tensor:
-    """An array of TensorNets with its dimensions in the order of PyTorch."""
+    """Convert an array of TensorNets to PyTorch's order of dimensions."""
     tensor = torch.from_numpy(array.astype(np.float32))
     if "depthwise" in name:  # (height, width, in, multiplier)
         return tensor.permute(2, 3, 0, 1).flatten(0, 1).unsqueeze(1)
@@ -343,7 +343,7 @@ def _torch_layout(name: str, array: np.ndarray) -> torch.Tensor:
 # ---------------------------------------------------------------- image-to-image (section 5.4)
 #
 # Units to put in front of a network. They map images [N, channels, H, W] to images of the same
-# shape. Each starts as the identity, so that at first it does not change what the network returns.
+# shape. Each starts as the identity (up to rounding), so at first the network returns the same.
 # The paper says what kinds of units it uses; everything else is our choice. (In the authors' code
 # the U-Net is deeper and uses instance norm, the affine map has one angle, two scales and two
 # translations, and the unit for colors ends in a sigmoid.)
@@ -436,39 +436,43 @@ def _zero_start(layer: nn.Module) -> nn.Module:
 #   - The stub of block2, a later module, ends the run. Its input is the output of the unit.
 #
 # What is computed from a placeholder is a placeholder, too. So `_cut` finds out where the model can
-# be cut by trying: it runs all that follows the cut as one unit. If a second tensor passes the cut
-# (over a skip connection, say), it is a placeholder there, so the logits are, and the cut is not
-# made.
+# be cut by trying: it runs all that follows the cut as one unit. If a second tensor crosses the cut
+# (over a skip connection, say), this tensor is a placeholder. Then the logits are placeholders, and
+# the cut is rejected.
 
 
 def split(
     model: nn.Module, x: torch.Tensor, num_units: int = 8, open: Iterable[str] = ()
 ) -> nn.Sequential:
-    """Make an `nn.Sequential` of units out of a model.
+    """Convert a model into an `nn.Sequential` of units.
 
-    The units run the model's own code and contain its own modules, so tuned weights are written
-    into the model by `net.load_state_dict(selection.result.net.state_dict())`. Any other change of
-    `net`, such as `net.eval()`, also changes the model's modules.
+    The units run the model's own code and share its parameters, buffers and modules. So tuned
+    weights are written into the model by `net.load_state_dict(selection.result.net.state_dict())`.
+    Only the model itself and the modules that are cut inside are copied into each unit. Thus
+    `net.eval()` affects a part of the model: call `model.eval()` or `model.train()` before you use
+    the model again. Modules without weights, such as dropout, are shared by all units.
 
-    A unit is named after its first layer, which is a module with a weight matrix, and includes what
-    follows, such as a norm. Weights outside of all modules that are called, such as a position
-    embedding, belong to the first unit. The units take any number of inputs of the shape of x[0].
+    A unit begins with a module that has weights and is not cut inside. It is named after this
+    module, and includes the following modules without a weight matrix, such as norms. Parameters
+    outside of all modules that are called, such as a position embedding, belong to the first unit.
+    The units take any number of inputs of the shape of x[0].
 
     Args:
         model: Called with one tensor; returns logits [N, classes], or a tuple that begins with
             them, or a dictionary with the key "logits". It must be on the device and in the dtype
             in which the units are used, and gradient checkpointing must be off.
         x: Two or more typical inputs of the model [N, ...].
-        num_units: Target number of units. The modules with the most layers are opened, that is, cut
-            inside, until there are at least this many units. Modules with fewer than 1 / num_units
-            of all layers stay whole. If there are fewer units in the end, a warning says why.
+        num_units: Target number of units. The modules with the most layers (weight matrices) are
+            opened, that is, cut inside, until there are at least this many units. Modules with
+            fewer than 1 / num_units of all layers stay whole. If there are fewer units in the end
+            although the model has so many layers, a warning says why.
         open: Names of modules that are always opened, as in `model.named_modules()`.
 
     Raises ValueError if the model cannot be cut, or if the units would not compute what the model
     computes: the same logits, bit for bit, in evaluation mode for x and for x[:1] and in training
-    mode for x, the same changes of buffers, and the same gradients up to rounding.
+    mode for x, the same changes of the state_dict, and the same gradients up to rounding.
     """
-    num_layers = {}  # of all modules that have children; "" is the model itself
+    num_layers = {}  # weight matrices in each module that has children; "" is the model itself
     for name, module in model.named_modules():
         if list(module.children()):
             num_layers[name] = sum(weight.dim() > 1 for weight in module.parameters())
@@ -483,7 +487,7 @@ def split(
 
     called = _called_modules(model, x)
     net = None
-    problem = "it has no modules inside"  # why there are no more units
+    problem = "it has no modules inside"  # why the latest attempt found no more units
     # The model itself ("") has the most layers and comes first: it is cut between its children.
     for name in sorted(num_layers, key=num_layers.get, reverse=True):
         is_small = num_layers[name] < num_layers[""] / num_units
@@ -492,7 +496,7 @@ def split(
             break
         try:
             finer_net, problem = _cut(model, x, called, opened | {name})
-        except Exception as error:  # noqa: BLE001 (run in pieces, the model may raise anything)
+        except Exception as error:  # noqa: BLE001 (a model run in pieces may raise anything)
             problem = _first_line(error)
             continue
         if net is None or len(finer_net) > len(net):  # else leave the module closed
@@ -501,7 +505,7 @@ def split(
     if net is None:
         raise ValueError(f"the model cannot be split into units: {problem}")
     if len(net) < min(num_units, num_layers[""]):
-        reason = problem or "its other modules have few layers"
+        reason = problem or "its other modules have few layers or are not called"
         warnings.warn(f"split found only {len(net)} units ({reason})", stacklevel=2)
     return net
 
@@ -538,13 +542,15 @@ def _cut(
 
     num_calls = len(recording.calls)
     weights = [set(closed[call.name].parameters()) for call in recording.calls]
-    layer_calls = [n for n in range(num_calls) if any(weight.dim() > 1 for weight in weights[n])]
+    # The calls of modules with a weight matrix. A unit begins with one of them, only the first unit
+    # may begin with something else.
+    main_calls = [n for n in range(num_calls) if any(weight.dim() > 1 for weight in weights[n])]
     starts = [0]  # index of the first call of each unit
     problem = None
-    for index in layer_calls[1:]:  # the first layer belongs to the first unit
+    for index in main_calls[1:]:
         call = recording.calls[index]
         if set().union(*weights[:index]) & set().union(*weights[index:]):
-            reason = "modules before it use the same weights"
+            reason = "modules before and after this point use the same weights"
         elif call.tensor is None:
             reason = "it is called without a tensor"
         else:
@@ -553,15 +559,15 @@ def _cut(
             starts.append(index)
         else:
             problem = f"{call.name} cannot begin a unit: {reason}"
-    if len(layer_calls) < 2:
+    if len(main_calls) < 2:
         problem = "it calls fewer than two modules with weights: is it wrapped or compiled?"
     if len(starts) == 1:
         raise ValueError(problem)
 
     net = nn.Sequential()
     for start, stop in pairwise([*starts, num_calls]):
-        first_layer = max(start, layer_calls[0])
-        name = recording.calls[first_layer].name.replace(".", "/")  # PyTorch allows no dot
+        main_call = next(n for n in main_calls if n >= start)
+        name = recording.calls[main_call].name.replace(".", "/")  # PyTorch allows no dot
         net.add_module(name, make_unit(start, stop))
 
     _check_equal(net, model, x)
@@ -572,8 +578,9 @@ def _closed_modules(model: nn.Module, called: set[str], opened: set[str]) -> dic
     """The outermost modules that are called and not opened, by name. They are never cut inside."""
     closed = {}
     for name, module in model.named_modules():
-        is_opened = any(_is_within(inner, name) for inner in opened)  # it, or a module in it
-        is_in_closed = any(_is_within(name, outer) for outer in closed)
+        # An opened module also opens those around it.
+        is_opened = any(_is_within(opened_name, name) for opened_name in opened)
+        is_in_closed = any(_is_within(name, closed_name) for closed_name in closed)
         if name in called and not is_opened and not is_in_closed:
             closed[name] = module
     return closed
@@ -592,9 +599,9 @@ class _Call(NamedTuple):
 class _Recording(NamedTuple):
     """A run of the model. Tensors on the meta device have a shape and a dtype, but no values."""
 
-    x: torch.Tensor  # on the meta device
+    model_input: torch.Tensor  # on the meta device
     calls: list[_Call]
-    outputs: dict[str, Any]  # what each module returned, on the meta device
+    outputs: dict[str, Any]  # what each module returned (the last time), on the meta device
     logits: torch.Tensor
 
 
@@ -644,10 +651,10 @@ def _difference(units: nn.Module, x: torch.Tensor, expected: torch.Tensor) -> st
     """Why these units do not return the expected logits for x; None if they do."""
     try:
         logits = _run(units, x)
-    except Exception as error:  # noqa: BLE001 (run in pieces, the model may raise anything)
+    except Exception as error:  # noqa: BLE001 (a model run in pieces may raise anything)
         return _first_line(error)
-    if logits.isnan().any():
-        return "it needs weights that are in no module and so belong to the first unit"
+    if logits.isnan().any():  # as those weights are that the unit may not use
+        return "it uses weights of another unit"
     if not torch.equal(logits, expected):
         return "the logits differ from those of the model"
     return None
@@ -669,7 +676,8 @@ def _check_equal(net: nn.Sequential, model: nn.Module, x: torch.Tensor) -> None:
     if not torch.equal(logits, _train_once(trained_model, x)):
         raise ValueError("the logits of the units differ in training mode")
 
-    # Each tensor of the model is in the body of one unit only: stubs have none of their own.
+    # In the bodies of the units, all names are those of the model. Each tensor of its state_dict is
+    # in one of them only.
     state = {}
     gradients = {}
     for unit in trained_net:
@@ -677,7 +685,7 @@ def _check_equal(net: nn.Sequential, model: nn.Module, x: torch.Tensor) -> None:
         gradients.update({name: weight.grad for name, weight in unit.body.named_parameters()})
     for name, tensor in trained_model.state_dict().items():
         if not torch.equal(state[name], tensor):
-            raise ValueError(f"training changes {name} outside of the unit that it belongs to")
+            raise ValueError(f"training changes {name} in another way (gradient checkpointing?)")
     for name, weight in trained_model.named_parameters():
         gradient = gradients[name]
         if gradient is None or weight.grad is None:
@@ -686,7 +694,7 @@ def _check_equal(net: nn.Sequential, model: nn.Module, x: torch.Tensor) -> None:
             difference = (gradient - weight.grad).abs().max()
             is_same = difference <= 1e-3 * weight.grad.abs().max()
         if not is_same:
-            raise ValueError(f"the gradient of {name} differs: is there gradient checkpointing?")
+            raise ValueError(f"the gradient of {name} differs (gradient checkpointing?)")
 
 
 @torch.enable_grad()
@@ -696,7 +704,10 @@ def _train_once(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(0)
         logits = _logits(model(x.clone()))
-        logits.sum().backward()
+        try:
+            logits.sum().backward()
+        except _EndOfUnit:
+            raise ValueError("backward calls modules again (gradient checkpointing?)") from None
     return logits
 
 
@@ -719,7 +730,7 @@ class _Placeholder(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        """PyTorch calls this instead of a function that gets a placeholder."""
+        """PyTorch calls this instead of any function that receives a placeholder."""
         name = function.__name__
         if name in ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy"):
             raise ValueError("what the model does depends on a value of another unit")
@@ -731,7 +742,7 @@ class _Placeholder(torch.Tensor):
         return result
 
     def __deepcopy__(self, memo):
-        return self  # it has no value of its own
+        return self  # a unit that is copied may hold one, in a buffer for example
 
 
 class _EndOfUnit(BaseException):
@@ -756,13 +767,12 @@ class _Unit(nn.Module):
 
     def __init__(self, model, weightless_model, closed, recording, names, first_name):
         super().__init__()
-        self.x = recording.x
+        self.model_input = recording.model_input
         self.outputs = recording.outputs
         self.first_name = first_name
-        # Where `memo` has an entry for an object, deepcopy takes it instead of a copy. So the
-        # body shares with the model: weights and buffers, the unit's own modules, and modules
-        # without weights (such as ReLU). Stubs take the place of all other closed modules. Only
-        # what is around the closed modules is copied.
+        # Where `memo` has an entry for an object, deepcopy uses that entry and makes no copy. So the
+        # body has the model's own parameters and buffers, the unit's own modules, and all modules
+        # without weights (such as ReLU). All other closed modules become stubs.
         memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         for name, module in closed.items():
             if name in names or not module.state_dict():
@@ -774,11 +784,11 @@ class _Unit(nn.Module):
             self._replace_tensors_owned_by_first_unit(closed)
 
     def _replace_tensors_owned_by_first_unit(self, closed):
-        """Replace the tensors that are in no closed module: they belong to the first unit.
+        """Replace the tensors that are in no closed module. Only the first unit may use them.
 
-        In the other units, only code that runs before the unit begins may use them. Weights become
-        NaN, so that any other use is noticed. Buffers become copies, since that code may change
-        them.
+        The code that this unit runs before it begins may still need something in their place.
+        Parameters become NaN, so that any later use shows in the logits. Buffers become copies,
+        since that code may change them. Neither are trained, nor in the state_dict.
         """
         inside = {id(t) for m in closed.values() for t in (*m.parameters(), *m.buffers())}
         for module in self.body.modules():
@@ -791,14 +801,14 @@ class _Unit(nn.Module):
                     module.register_buffer(name, own, persistent=False)
 
     def forward(self, x):
-        if self.first_name == "" and x.shape[1:] != self.x.shape[1:]:
-            expected = [*self.x.shape[1:]]
+        if self.first_name == "" and x.shape[1:] != self.model_input.shape[1:]:
+            expected = [*self.model_input.shape[1:]]
             raise ValueError(f"the model was split for inputs [N, ...] of shape {expected}")
         self.num_inputs = len(x)
         self.device = x.device
         self.has_begun = False
-        # What runs before the unit begins must not use up random numbers: `rng_fork` restores their
-        # state when `begin` closes it. (Then `with` closes it once more, without effect.)
+        # What runs before the unit begins must not advance the random generators. So `begin` closes
+        # `rng_fork`, which restores them. (At the end of `with`, closing it again has no effect.)
         rng_fork = contextlib.ExitStack()
         rng_fork.enter_context(torch.random.fork_rng([x.device] if x.is_cuda else []))
 
@@ -816,7 +826,7 @@ class _Unit(nn.Module):
             with rng_fork, first_module.register_forward_pre_hook(begin, with_kwargs=True):
                 # x enters in `begin`. Only the last unit returns here: in the others, a stub raises
                 # _EndOfUnit.
-                output = _logits(self.body(self.placeholders(self.x)))
+                output = _logits(self.body(self.placeholders(self.model_input)))
         except _EndOfUnit as end:
             output = end.output
         if not self.has_begun:
@@ -830,7 +840,7 @@ class _Unit(nn.Module):
 
         def placeholder(tensor):
             shape = list(tensor.shape)
-            has_batch_dimension = len(shape) > 0 and shape[0] == len(self.x)
+            has_batch_dimension = len(shape) > 0 and shape[0] == len(self.model_input)
             if has_batch_dimension:
                 shape[0] = self.num_inputs
             value = math.nan if tensor.is_floating_point() else 0
@@ -857,7 +867,7 @@ class _Stub(nn.Module):
             raise _EndOfUnit(_first_tensor((args, kwargs)))
         return self.unit.placeholders(self.unit.outputs[self.name])
 
-    def __getattr__(self, name):  # called for what the stub itself does not have
+    def __getattr__(self, name):  # called only for what the stub itself lacks
         # Through `__dict__`: as long as it is not set (in unpickling), `self.weightless_module`
         # would call this function again.
         return getattr(self.__dict__["weightless_module"], name)
