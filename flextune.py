@@ -500,7 +500,7 @@ class Task:
             )
         default_device = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(settings.device or default_device)
-        # Units may have modules in common, a dropout layer for example. In `whole_net` they still do.
+        # Units may have modules in common, such as a dropout layer. In `whole_net` they still do.
         # In `self.net` each has its own copy, as for fine-tuning. `_check_outputs` compares both.
         whole_net = copy.deepcopy(net).to(device).eval().requires_grad_(False)
         self.net = _copy_units(whole_net, range(1, len(net) + 1))

@@ -770,7 +770,7 @@ class _Unit(nn.Module):
         self.model_input = recording.model_input
         self.outputs = recording.outputs
         self.first_name = first_name
-        # Where `memo` has an entry for an object, deepcopy uses that entry and makes no copy. So the
+        # Where `memo` has an entry for an object, deepcopy uses it and makes no copy. So the
         # body has the model's own parameters and buffers, the unit's own modules, and all modules
         # without weights (such as ReLU). All other closed modules become stubs.
         memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
