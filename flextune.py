@@ -14,7 +14,7 @@ x    [N, ...]: uint8 images (the network gets x / 255), float images or features
 y    [N]: int64 class labels
 
 The given network and data are never changed. Convolutional networks are often faster after
-`net.to(memory_format=torch.channels_last)`; on CUDA, they give reproducible results with
+`net.to(memory_format=torch.channels_last)`. For reproducible results of them on CUDA, set
 `torch.backends.cudnn.deterministic = True`.
 """
 
@@ -38,17 +38,22 @@ class Settings:
     """The training protocol (section 5.1), the same for every network of a selection."""
 
     lr: float = 1e-3  # of Adam; the paper: 1e-3 for the small networks, 1e-4 for Inception2
-    batch_size: int = 64  # the last batch of an epoch may be smaller
+    batch_size: int = 64  # the last batch of an epoch may be smaller, down to a single image
     check_every: int = 5  # validate every this many epochs; the paper: 5 to 10
     patience: int = 5  # stop after this many validations without improvement
     max_epochs: int = 300  # upper limit on the number of epochs
-    batch_statistics: bool = False  # True: in tuned units, norms use them and update averages
+    # False: BatchNorm and InstanceNorm always use their running averages.
+    # True: in tuned units, they use batch statistics and update their running averages.
+    batch_statistics: bool = False
     top_k: int = 1  # a prediction is correct if the label is among the k largest logits
     seed: int = 0  # for shuffling, dropout, and random numbers that augment draws from PyTorch
     device: str | torch.device | None = None  # None: CUDA if available, else the CPU
-    cache_bytes: int = 2 * 1024**3  # limit for cached outputs; to replace them takes up to 3 x
-    bfloat16: bool = False  # train under bfloat16 autocast; all but training keeps full precision
-    augment: Callable | None = None  # batch -> batch, in training; uint8 images are x / 255 by then
+    # Memory limit for cached outputs of frozen units. While others replace them, up to three times
+    # as much is in use.
+    cache_bytes: int = 2 * 1024**3
+    bfloat16: bool = False  # train under bfloat16 autocast; validation and caching do not use it
+    # batch -> batch, for training images only; uint8 images are already divided by 255
+    augment: Callable | None = None
     loss: Callable = nn.functional.cross_entropy  # loss(logits [B, classes], labels [B]) -> scalar
 
     def __post_init__(self):
@@ -109,8 +114,8 @@ class Selection:
 #
 # The comments quote the pseudo-code. Its inputs N, D_train and D_val are in `task`. Of several
 # equal accuracies, `max` takes the first: the lowest unit, and a single unit rather than "all".
-# A proxy has the same l - 1 lowest units as N, so `num_shared` of their outputs need not be
-# computed again.
+# The units below unit l are the same in N and in N_prox-l: because of `num_shared`, `task.accuracy`
+# starts from their cached output.
 
 
 def flex(task: Task) -> Selection:
@@ -262,7 +267,7 @@ def ft_ss(task: Task) -> Result:
             folded = folded_net.get_submodule(name)
             folded.weight = nn.Parameter(layer.weight.detach())
             folded.bias = nn.Parameter(layer.bias.detach())
-    # Training may have changed buffers, too: those of norms that are not PyTorch's own.
+    # PyTorch's norms kept their running averages, but other modules may have updated their buffers.
     for name, buffer in folded_net.named_buffers():
         buffer.data = result.net.get_buffer(name).clone()
     return replace(result, net=folded_net)
@@ -315,7 +320,7 @@ def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None
     units every parameter is trained, whatever its `requires_grad` was in the given network.
     The source network (epoch 0) does not compete for the best state. If a weight is NaN or infinite
     at a validation, training stops, and the best state before that is returned with `diverged` set.
-    If that happens at the first validation, it is the source network that is returned.
+    If that happens at the first validation, the source network is returned.
     Results are kept in `task.results`, so nothing is trained twice.
 
     Raises ValueError if there is no such unit or no gradient reaches it. Errors in the network, the
@@ -390,7 +395,7 @@ def _train(task: Task, unit_numbers: tuple[int, ...], epochs: int | None) -> Res
         if checks_without_improvement == settings.patience:
             break
 
-    trained_weights = list(optimizer.state)  # Adam keeps a state for what received a gradient
+    trained_weights = list(optimizer.state)  # Adam has a state for what received a gradient
     if not trained_weights:
         raise ValueError("no gradient reached the tuned units: does the network use them?")
     return Result(
@@ -603,7 +608,7 @@ class Task:
 
         Returns (num_cached, outputs), with the largest num_cached <= num_frozen that may be cached.
         Frozen units above it run again in every batch. Only the latest outputs of each dataset are
-        kept: if more units are asked for, computation continues from them, and if fewer, it starts
+        kept: if more units are requested, computation continues from them, and if fewer, it starts
         again from the images.
         """
         target = max(number for number in self._cacheable if number <= num_frozen)
@@ -745,7 +750,7 @@ def unit_names(net: nn.Sequential) -> dict[int, str]:
 
 def label(net: nn.Sequential, *units: int | str) -> str:
     """Units as text, by number and, if they have one, by name: "8 layer4.0"."""
-    are_all = len(units) == len(net) and len(net) > 1
+    are_all = len(units) == len(net) and len(net) > 1  # the unit of a one-unit network is "1"
     if units == ("all",) or are_all:
         return "all"
     names = unit_names(net)

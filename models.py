@@ -122,7 +122,7 @@ def inception2(classes: int = 1000, width: float = 1.0) -> nn.Sequential:
     def scaled(channels: int) -> int:
         return max(1, round(width * channels))
 
-    units = OrderedDict()
+    units = {}
     units["block1"] = _named(
         scale=ScaleToSigned(),
         pad=SamePad(7),
@@ -159,7 +159,7 @@ def inception2(classes: int = 1000, width: float = 1.0) -> nn.Sequential:
         dropout=nn.Dropout(0.2),
         linear=nn.Linear(channels, classes),
     )
-    return nn.Sequential(units)
+    return _named(**units)
 
 
 class ScaleToSigned(nn.Module):
@@ -221,13 +221,12 @@ def _reduction_module(inputs: int, conv3: list[int], double: list[int]) -> Conca
 
 def _conv_stack(inputs: int, widths: list[int], stride: int = 1) -> nn.Sequential:
     """A 1x1 convolution that reduces, then 3x3 convolutions, the last of them with the stride."""
-    layers = OrderedDict()
-    layers["r"] = _conv_bn_relu(inputs, widths[0], 1)
+    layers = {"r": _conv_bn_relu(inputs, widths[0], 1)}
     last = len(widths) - 1
     for number in range(1, len(widths)):
         layer_stride = stride if number == last else 1
         layers[str(number)] = _conv_bn_relu(widths[number - 1], widths[number], 3, layer_stride)
-    return nn.Sequential(layers)
+    return _named(**layers)
 
 
 def _conv_bn_relu(
@@ -251,7 +250,7 @@ def _halving_pool() -> nn.Sequential:
     return nn.Sequential(SamePad(3, value=-math.inf), nn.MaxPool2d(3, stride=2))
 
 
-PACS_ROWS = {  # class of PACS: its row in ILSVRC's last layer, counted from 0 (authors' code)
+PACS_ROWS = {  # class of PACS: index of a class of ILSVRC, counted from 0 (authors' code)
     "dog": 167,
     "elephant": 385,
     "giraffe": 354,  # the Arabian camel, as ILSVRC has no giraffe
@@ -262,11 +261,11 @@ PACS_ROWS = {  # class of PACS: its row in ILSVRC's last layer, counted from 0 (
 
 
 def pacs_head(net: nn.Sequential) -> nn.Sequential:
-    """A copy of `net` whose last layer keeps only the ILSVRC rows of PACS (without "person")."""
+    """A copy of `net` whose last layer keeps only the outputs for the classes in PACS_ROWS."""
     net = copy.deepcopy(net)
     linear_layers = [layer for layer in net.modules() if isinstance(layer, nn.Linear)]
     if not linear_layers or linear_layers[-1].out_features != 1000:
-        raise ValueError("the last layer of the network must be a linear one of 1000 classes")
+        raise ValueError("the last layer of the network must be an nn.Linear with 1000 outputs")
     last_layer = linear_layers[-1]
     rows = list(PACS_ROWS.values())
     for name, weight in list(last_layer.named_parameters()):
@@ -343,14 +342,14 @@ def _torch_layout(name: str, array: np.ndarray) -> torch.Tensor:
 # ---------------------------------------------------------------- image-to-image (section 5.4)
 #
 # Units to put in front of a network. They map images [N, channels, H, W] to images of the same
-# shape. Each starts as the identity (up to rounding), so at first the network returns the same.
+# shape. Each starts as the identity (up to rounding), so at first the network's output is the same.
 # The paper says what kinds of units it uses; everything else is our choice. (In the authors' code
 # the U-Net is deeper and uses instance norm, the affine map has one angle, two scales and two
 # translations, and the unit for colors ends in a sigmoid.)
 
 
 class Pixelwise(nn.Module):
-    """Add to each pixel the output of two 1x1 convolutions: a map of colors."""
+    """Add to each pixel the output of two 1x1 convolutions: a transformation of the colors."""
 
     def __init__(self, channels: int, width: int = 32):
         super().__init__()
@@ -426,19 +425,20 @@ def _zero_start(layer: nn.Module) -> nn.Module:
 # A model's `forward` is arbitrary code, so `split` does not read it but runs it. One run shows in
 # which order the model calls its modules. Where a single tensor passes from the modules called so
 # far to all that follows, the model can be cut, and a unit is what `forward` does between two cuts.
+# A module is opened if cuts are made inside of it, else it is closed.
 #
-# For example, a model that calls stem, block1, block2 and head is cut before block1, block2 and
-# head. The unit of block1 has a copy of the model in which block1 is the model's own module, and
-# the others are stubs. The unit runs the model's own `forward` from its beginning:
+# For example, a model that calls the closed modules stem, block1, block2 and head is cut before
+# block1, block2 and head. The unit of block1 has a copy of the model in which block1 is the model's
+# own module, and the others are stubs. The unit runs the model's own `forward` from its beginning:
 #
 #   - The stub of stem, an earlier module, returns a placeholder in the shape of stem's output.
 #   - When block1 is called, the placeholder that it gets is replaced by the input of the unit.
 #   - The stub of block2, a later module, ends the run. Its input is the output of the unit.
 #
-# What is computed from a placeholder is a placeholder, too. So `_cut` finds out where the model can
-# be cut by trying: it runs all that follows the cut as one unit. If a second tensor crosses the cut
-# (over a skip connection, say), this tensor is a placeholder. Then the logits are placeholders, and
-# the cut is rejected.
+# `_cut` finds out where the model can be cut by trying: it runs all that follows the cut as one
+# unit. What is computed from a placeholder is a placeholder, too. So if a second tensor crosses the
+# cut (over a skip connection, say), this tensor is a placeholder. Then the logits are placeholders,
+# and the cut is rejected.
 
 
 def split(
@@ -446,40 +446,51 @@ def split(
 ) -> nn.Sequential:
     """Convert a model into an `nn.Sequential` of units.
 
-    The units run the model's own code and share its parameters, buffers and modules. So tuned
-    weights are written into the model by `net.load_state_dict(selection.result.net.state_dict())`.
-    Only the model itself and the modules that are cut inside are copied into each unit. Thus
-    `net.eval()` affects a part of the model: call `model.eval()` or `model.train()` before you use
-    the model again. Modules without weights, such as dropout, are shared by all units.
+    The units run the model's own code and share its parameters. So the model is tuned by loading
+    the state of a tuned network into the units:
 
-    A unit begins with a module that has weights and is not cut inside. It is named after this
-    module, and includes the following modules without a weight matrix, such as norms. Parameters
-    outside of all modules that are called, such as a position embedding, belong to the first unit.
-    The units take any number of inputs of the shape of x[0].
+        net = split(model, x)
+        selection = flex(Task(net, train, val))
+        net.load_state_dict(selection.result.net.state_dict())
+
+    The closed modules of the model are shared, too. The model object itself and its opened modules
+    are copied into each unit. So `net.eval()` affects only a part of the model: call `model.eval()`
+    or `model.train()` before you use it again.
+
+    A unit is named after its first closed module with a weight matrix (a parameter of two or more
+    dimensions). It begins with this module, but for the first unit, and includes what follows
+    without a weight matrix, such as norms. Parameters and buffers that are in no closed module,
+    such as a position embedding, belong to the first unit.
 
     Args:
         model: Called with one tensor; returns logits [N, classes], or a tuple that begins with
             them, or a dictionary with the key "logits". It must be on the device and in the dtype
             in which the units are used, and gradient checkpointing must be off.
-        x: Two or more typical inputs of the model [N, ...].
-        num_units: Target number of units. The modules with the most layers (weight matrices) are
-            opened, that is, cut inside, until there are at least this many units. Modules with
-            fewer than 1 / num_units of all layers stay whole. If there are fewer units in the end
-            although the model has so many layers, a warning says why.
-        open: Names of modules that are always opened, as in `model.named_modules()`.
+        x: Two or more typical inputs of the model [N, ...]. The units take any number of inputs of
+            the same shape.
+        num_units: Target number of units. The modules with the most weight matrices are opened,
+            until there are at least this many units. A module with less than 1 / num_units of the
+            weight matrices stays closed. A warning says why if there are fewer units although the
+            model has more weight matrices.
+        open: Names of modules that are always opened, as in `model.named_modules()`. An opened
+            module with a skip connection around its first layer does not begin a unit.
 
     Raises ValueError if the model cannot be cut, or if the units would not compute what the model
-    computes: the same logits, bit for bit, in evaluation mode for x and for x[:1] and in training
-    mode for x, the same changes of the state_dict, and the same gradients up to rounding.
+    computes:
+        in evaluation mode, for x and for x[:1], the same logits, bit for bit;
+        in training mode, for x, the same logits, bit for bit, the same state_dict afterwards, and
+        the same gradients up to rounding.
     """
-    num_layers = {}  # weight matrices in each module that has children; "" is the model itself
+    num_matrices = {}  # in each module that has children; "" is the model itself
     for name, module in model.named_modules():
         if list(module.children()):
-            num_layers[name] = sum(weight.dim() > 1 for weight in module.parameters())
+            num_matrices[name] = sum(weight.dim() > 1 for weight in module.parameters())
     opened = {open} if isinstance(open, str) else set(open)
-    unknown = opened - set(num_layers)
+    unknown = opened - set(num_matrices)
     if unknown:
         raise ValueError(f"the model has no modules with children named {', '.join(unknown)}")
+    if not num_matrices:
+        raise ValueError("the model cannot be split into units: it has no modules inside")
     if num_units < 1:
         raise ValueError(f"num_units must be at least 1, not {num_units}")
     if len(x) < 2:
@@ -487,10 +498,10 @@ def split(
 
     called = _called_modules(model, x)
     net = None
-    problem = "it has no modules inside"  # why the latest attempt found no more units
-    # The model itself ("") has the most layers and comes first: it is cut between its children.
-    for name in sorted(num_layers, key=num_layers.get, reverse=True):
-        is_small = num_layers[name] < num_layers[""] / num_units
+    problem = None  # why the latest attempt found no more units
+    # The model itself ("") has the most matrices and comes first: it is cut between its children.
+    for name in sorted(num_matrices, key=num_matrices.get, reverse=True):
+        is_small = num_matrices[name] < num_matrices[""] / num_units
         is_enough = net is not None and len(net) >= num_units
         if is_small or is_enough:
             break
@@ -504,8 +515,8 @@ def split(
             opened.add(name)
     if net is None:
         raise ValueError(f"the model cannot be split into units: {problem}")
-    if len(net) < min(num_units, num_layers[""]):
-        reason = problem or "its other modules have few layers or are not called"
+    if len(net) < min(num_units, num_matrices[""]):
+        reason = problem or "its other modules have few weight matrices or are not called"
         warnings.warn(f"split found only {len(net)} units ({reason})", stacklevel=2)
     return net
 
@@ -525,25 +536,25 @@ def _called_modules(model: nn.Module, x: torch.Tensor) -> set[str]:
 def _cut(
     model: nn.Module, x: torch.Tensor, called: set[str], opened: set[str]
 ) -> tuple[nn.Sequential, str | None]:
-    """Cut the model between all modules where it is possible, and inside the opened ones.
+    """Cut the model before all closed modules where it is possible.
 
     Returns the units, and why there are no more of them. Raises ValueError if there is no cut, or
     the units do not compute what the model computes.
     """
     closed = _closed_modules(model, called, opened)
     recording = _record(model, x, closed)
-    weightless_model = _without_weights(model)
+    nan_model = _with_nan_weights(model)
 
     def make_unit(start: int, stop: int) -> _Unit:
         names = [call.name for call in recording.calls[start:stop]]
         # The first unit begins with the call of the model itself, not of its first module.
         first_name = names[0] if start > 0 else ""
-        return _Unit(model, weightless_model, closed, recording, names, first_name)
+        return _Unit(model, nan_model, closed, recording, names, first_name)
 
     num_calls = len(recording.calls)
     weights = [set(closed[call.name].parameters()) for call in recording.calls]
-    # The calls of modules with a weight matrix. A unit begins with one of them, only the first unit
-    # may begin with something else.
+    # The calls of modules with a weight matrix. Every unit begins with one of them, except possibly
+    # the first.
     main_calls = [n for n in range(num_calls) if any(weight.dim() > 1 for weight in weights[n])]
     starts = [0]  # index of the first call of each unit
     problem = None
@@ -574,21 +585,21 @@ def _cut(
     return net, problem
 
 
-def _closed_modules(model: nn.Module, called: set[str], opened: set[str]) -> dict[str, nn.Module]:
-    """The outermost modules that are called and not opened, by name. They are never cut inside."""
-    closed = {}
-    for name, module in model.named_modules():
-        # An opened module also opens those around it.
-        is_opened = any(_is_within(opened_name, name) for opened_name in opened)
-        is_in_closed = any(_is_within(name, closed_name) for closed_name in closed)
-        if name in called and not is_opened and not is_in_closed:
-            closed[name] = module
-    return closed
-
-
 def _is_within(name: str, outer: str) -> bool:
     """Whether a module is `outer` itself or inside it. All are inside the model itself, ""."""
     return outer in ("", name) or name.startswith(f"{outer}.")
+
+
+def _closed_modules(model: nn.Module, called: set[str], opened: set[str]) -> dict[str, nn.Module]:
+    """The outermost modules that are called and not opened, by name."""
+    closed = {}
+    for name, module in model.named_modules():
+        # An opened module also opens those around it.
+        is_opened = any(_is_within(opened_name, outer=name) for opened_name in opened)
+        is_in_closed = any(_is_within(name, outer=closed_name) for closed_name in closed)
+        if name in called and not is_opened and not is_in_closed:
+            closed[name] = module
+    return closed
 
 
 class _Call(NamedTuple):
@@ -628,8 +639,8 @@ def _record(model: nn.Module, x: torch.Tensor, closed: Iterable[str]) -> _Record
     return _Recording(x.to("meta"), calls, outputs, logits)
 
 
-def _without_weights(model: nn.Module) -> nn.Module:
-    """A copy whose weights are NaN."""
+def _with_nan_weights(model: nn.Module) -> nn.Module:
+    """A copy whose parameters are NaN. Stubs look up attributes in it."""
     model = copy.deepcopy(model)
     for weight in model.parameters():
         weight.data = _nan_like(weight)
@@ -637,7 +648,7 @@ def _without_weights(model: nn.Module) -> nn.Module:
 
 
 def _nan_like(tensor: torch.Tensor) -> torch.Tensor:
-    """NaN, or 0 for integers, in the shape of a tensor, but in the memory of a single number."""
+    """NaN, or 0 for integers, in the shape of a tensor. It uses the memory of one element."""
     value = math.nan if tensor.is_floating_point() else 0
     return tensor.detach().new_full((), value).expand_as(tensor)
 
@@ -653,11 +664,16 @@ def _difference(units: nn.Module, x: torch.Tensor, expected: torch.Tensor) -> st
         logits = _run(units, x)
     except Exception as error:  # noqa: BLE001 (a model run in pieces may raise anything)
         return _first_line(error)
-    if logits.isnan().any():  # as those weights are that the unit may not use
+    # Weights that these units must not use are NaN: see `_Unit` and `_Stub`.
+    if logits.isnan().any():
         return "it uses weights of another unit"
     if not torch.equal(logits, expected):
         return "the logits differ from those of the model"
     return None
+
+
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 def _first_line(error: Exception) -> str:
@@ -676,8 +692,8 @@ def _check_equal(net: nn.Sequential, model: nn.Module, x: torch.Tensor) -> None:
     if not torch.equal(logits, _train_once(trained_model, x)):
         raise ValueError("the logits of the units differ in training mode")
 
-    # In the bodies of the units, all names are those of the model. Each tensor of its state_dict is
-    # in one of them only.
+    # unit.body is a copy of the model in which the modules of other units are stubs. So its tensors
+    # have their names in the model, and each one is in the body of one unit only.
     state = {}
     gradients = {}
     for unit in trained_net:
@@ -685,7 +701,7 @@ def _check_equal(net: nn.Sequential, model: nn.Module, x: torch.Tensor) -> None:
         gradients.update({name: weight.grad for name, weight in unit.body.named_parameters()})
     for name, tensor in trained_model.state_dict().items():
         if not torch.equal(state[name], tensor):
-            raise ValueError(f"training changes {name} in another way (gradient checkpointing?)")
+            raise ValueError(f"training updates {name} differently (gradient checkpointing?)")
     for name, weight in trained_model.named_parameters():
         gradient = gradients[name]
         if gradient is None or weight.grad is None:
@@ -725,6 +741,13 @@ def _first_tensor(arguments) -> torch.Tensor | None:
     return None
 
 
+# Functions that read values of a tensor, so that what the model does can depend on them.
+VALUE_READERS = (
+    *("__bool__", "__int__", "__float__", "__index__", "__contains__", "__array__"),
+    *("item", "tolist", "numpy", "nonzero", "equal", "allclose", "is_nonzero"),
+)
+
+
 class _Placeholder(torch.Tensor):
     """Stands for a tensor of another unit. What is computed from it is a placeholder, too."""
 
@@ -732,11 +755,12 @@ class _Placeholder(torch.Tensor):
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         """PyTorch calls this instead of any function that receives a placeholder."""
         name = function.__name__
-        if name in ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy"):
+        if name in VALUE_READERS:
             raise ValueError("what the model does depends on a value of another unit")
         result = super().__torch_function__(function, types, args, kwargs or {})  # a placeholder
-        is_in_place = name.endswith("_") and not name.endswith("__")
-        if is_in_place or name == "__setitem__" or name.startswith("__i"):
+        is_in_place = name.endswith("_") and not name.endswith("__")  # add_
+        is_operator = name == "__setitem__" or name.startswith("__i")  # x[0] = y, x += y
+        if is_in_place or is_operator:
             # A placeholder was written into a tensor, which becomes one itself.
             args[0].__class__ = cls
         return result
@@ -758,47 +782,52 @@ class _Unit(nn.Module):
 
     Args:
         model: The model that is split.
-        weightless_model: A copy of it without weights.
-        closed: The modules that are never cut inside, by name.
+        nan_model: A copy of it whose parameters are NaN.
+        closed: The closed modules by name.
         recording: A run of the model.
-        names: The names of the modules that are called in this unit.
+        names: The names of the closed modules that are called in this unit.
         first_name: The name of the first of them, or "", the model itself, in the first unit.
     """
 
-    def __init__(self, model, weightless_model, closed, recording, names, first_name):
+    def __init__(self, model, nan_model, closed, recording, names, first_name):
         super().__init__()
         self.model_input = recording.model_input
         self.outputs = recording.outputs
         self.first_name = first_name
-        # Where `memo` has an entry for an object, deepcopy uses it and makes no copy. So the
-        # body has the model's own parameters and buffers, the unit's own modules, and all modules
-        # without weights (such as ReLU). All other closed modules become stubs.
+        # Where `memo` has an entry for an object, deepcopy uses it and makes no copy. So the body
+        # has the model's own tensors, the modules of this unit, and all modules without weights
+        # (such as ReLU). All other closed modules become stubs.
         memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         for name, module in closed.items():
             if name in names or not module.state_dict():
                 memo[id(module)] = module
             else:
-                memo[id(module)] = _Stub(self, name, weightless_model.get_submodule(name))
+                memo[id(module)] = _Stub(self, name, nan_model.get_submodule(name))
         self.body = copy.deepcopy(model, memo)
-        if first_name != "":
-            self._replace_tensors_owned_by_first_unit(closed)
 
-    def _replace_tensors_owned_by_first_unit(self, closed):
-        """Replace the tensors that are in no closed module. Only the first unit may use them.
+        own_modules = [closed[name] for name in names]
+        other_modules = [module for name, module in closed.items() if name not in names]
+        if first_name == "":  # tensors that are in no closed module belong to the first unit
+            own_modules = [self.body]
+        own = {id(t) for module in own_modules for t in _tensors(module)}
+        other = {id(t) for module in other_modules for t in _tensors(module)}
+        self._replace_tensors(own - other)
 
-        The code that this unit runs before it begins may still need something in their place.
-        Parameters become NaN, so that any later use shows in the logits. Buffers become copies,
-        since that code may change them. Neither are trained, nor in the state_dict.
+    def _replace_tensors(self, own: set[int]):
+        """Replace all tensors of the body but for the own ones of this unit.
+
+        Code that runs before the unit begins may still use them. Parameters become NaN, so that any
+        later use shows in the logits. Buffers become copies, since that code may change them. Both
+        are no longer trained, nor part of the state_dict.
         """
-        inside = {id(t) for m in closed.values() for t in (*m.parameters(), *m.buffers())}
         for module in self.body.modules():
-            weights = dict(module.named_parameters(recurse=False))
-            buffers = dict(module.named_buffers(recurse=False))
+            weights = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+            buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
             for name, tensor in (weights | buffers).items():
-                if id(tensor) not in inside:
-                    own = _nan_like(tensor) if name in weights else tensor.clone()
+                if id(tensor) not in own:
+                    replacement = _nan_like(tensor) if name in weights else tensor.clone()
                     delattr(module, name)
-                    module.register_buffer(name, own, persistent=False)
+                    module.register_buffer(name, replacement, persistent=False)
 
     def forward(self, x):
         if self.first_name == "" and x.shape[1:] != self.model_input.shape[1:]:
@@ -807,8 +836,8 @@ class _Unit(nn.Module):
         self.num_inputs = len(x)
         self.device = x.device
         self.has_begun = False
-        # What runs before the unit begins must not advance the random generators. So `begin` closes
-        # `rng_fork`, which restores them. (At the end of `with`, closing it again has no effect.)
+        # What runs before the unit begins must not advance the random generators: `begin` restores
+        # them by closing this context.
         rng_fork = contextlib.ExitStack()
         rng_fork.enter_context(torch.random.fork_rng([x.device] if x.is_cuda else []))
 
@@ -823,6 +852,7 @@ class _Unit(nn.Module):
 
         first_module = self.body.get_submodule(self.first_name)  # "" is the body itself
         try:
+            # If `begin` is not called, it is `with` that closes rng_fork.
             with rng_fork, first_module.register_forward_pre_hook(begin, with_kwargs=True):
                 # x enters in `begin`. Only the last unit returns here: in the others, a stub raises
                 # _EndOfUnit.
@@ -854,13 +884,13 @@ class _Stub(nn.Module):
     """Stands for a module of another unit.
 
     The model's code may read attributes of the module, such as the dtype of a weight, or call its
-    methods. They are looked up in a module without weights.
+    methods. They are looked up in `nan_module`, a copy of the module whose parameters are NaN.
     """
 
-    def __init__(self, unit, name, weightless_module):
+    def __init__(self, unit, name, nan_module):
         super().__init__()
         # Set in `__dict__`, so that nn.Module does not register them as submodules.
-        self.__dict__.update(unit=unit, name=name, weightless_module=weightless_module)
+        self.__dict__.update(unit=unit, name=name, nan_module=nan_module)
 
     def forward(self, *args, **kwargs):
         if self.unit.has_begun:
@@ -868,11 +898,11 @@ class _Stub(nn.Module):
         return self.unit.placeholders(self.unit.outputs[self.name])
 
     def __getattr__(self, name):  # called only for what the stub itself lacks
-        # Through `__dict__`: as long as it is not set (in unpickling), `self.weightless_module`
-        # would call this function again.
-        return getattr(self.__dict__["weightless_module"], name)
+        # Through `__dict__`: as long as it is not set (in unpickling), `self.nan_module` would call
+        # this function again.
+        return getattr(self.__dict__["nan_module"], name)
 
     def __deepcopy__(self, memo):
-        """A stub for a copy of its unit. The module without weights is shared."""
+        """A stub for a copy of its unit. `nan_module` is shared."""
         # Stubs are only copied as a part of their unit, whose copy is in `memo` by then.
-        return _Stub(copy.deepcopy(self.unit, memo), self.name, self.weightless_module)
+        return _Stub(copy.deepcopy(self.unit, memo), self.name, self.nan_module)

@@ -1639,7 +1639,7 @@ def test_pacs_takes_rows_of_the_last_layer_of_any_network():
     assert head(torch.rand(3, 3, 2, 2)).shape == (3, 6)
     assert last_unit[1].out_features == 1000
     for wrong in (net[:2], nn.Sequential(nn.Flatten())):
-        with pytest.raises(ValueError, match="must be a linear one of 1000 classes"):
+        with pytest.raises(ValueError, match="must be an nn.Linear with 1000 outputs"):
             models.pacs_head(wrong)
 
 
@@ -2554,9 +2554,13 @@ class Decoder(Transformer):
 class BranchOnValues(Transformer):
     """What its last layer does depends on a value that it has not been given."""
 
+    def __init__(self, is_special):
+        super().__init__()
+        self.is_special = is_special
+
     def forward(self, tokens):
         x = self.encoder(self.embeddings(tokens))[:, 0]
-        if int((tokens == 99).sum()) > 0:
+        if self.is_special(tokens):
             x = x / 2
         return self.head(x)
 
@@ -2689,6 +2693,45 @@ def test_tuned_weights_are_loaded_back_into_the_users_own_model(build, x, names)
     assert naive_accuracy(net, (x, y)) == result.accuracy
 
 
+@pytest.mark.parametrize(
+    "is_special",
+    [
+        lambda tokens: (tokens == 99).any(),
+        lambda tokens: int((tokens == 99).sum()) > 0,
+        lambda tokens: 99 in tokens.flatten().tolist(),
+        lambda tokens: 99 in tokens,
+        lambda tokens: torch.equal(tokens, torch.full_like(tokens, 99)),
+        lambda tokens: np.asarray(tokens).max() == 99,
+    ],
+    ids=["bool", "int", "tolist", "in", "equal", "numpy"],
+)
+def test_no_unit_begins_where_later_code_depends_on_a_value(is_special):
+    message = "head cannot begin a unit: what the model does depends on a value"
+    with pytest.raises(ValueError, match=message):
+        models.split(BranchOnValues(is_special), TOKENS, num_units=1)
+
+
+class Aliased(nn.Module):
+    """Two attributes of the model are the weight of a later layer, and two are one parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.last = nn.Linear(8, 3)
+        self.last_weight = self.last.weight
+        self.bias = self.same_bias = nn.Parameter(torch.zeros(6))
+
+    def forward(self, x):
+        return self.last(self.first(x + self.bias))
+
+
+def test_a_weight_with_two_names_belongs_to_one_unit():
+    x = torch.rand(4, 6)
+    y = torch.tensor([0, 1, 2, 0])
+    result = flextune.flex(Task(models.split(Aliased(), x), (x, y), (x, y), FAST)).tuned["all"]
+    assert result.num_trained == (6 * 8 + 8) + (8 * 3 + 3) + 6
+
+
 def test_buffers_outside_of_all_units_are_those_of_the_first_unit():
     torch.manual_seed(0)
     model = RunningMean()
@@ -2742,7 +2785,6 @@ class NumPyRandom(nn.Module):
         ),
         (TiedHead(), TOKENS, {"num_units": 1}, "head cannot begin a unit: "),
         (Checkpointed(), TOKENS, {}, "checkpoint"),
-        (BranchOnValues(), TOKENS, {"num_units": 1}, "head cannot begin a unit: what the model"),
         (nn.Sequential(nn.Flatten(), nn.Linear(3072, 8)), PIXELS, {}, "fewer than two modules"),
         (
             nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), NumPyRandom(), nn.Linear(8, 2)),
@@ -2758,7 +2800,6 @@ class NumPyRandom(nn.Module):
         "token ids",
         "tied weights",
         "checkpointing",
-        "branch",
         "one layer",
         "random",
     ],
