@@ -741,11 +741,20 @@ def _first_tensor(arguments) -> torch.Tensor | None:
     return None
 
 
-# Functions that read values of a tensor, so that what the model does can depend on them.
-VALUE_READERS = (
-    *("__bool__", "__int__", "__float__", "__index__", "__contains__", "__array__"),
-    *("item", "tolist", "numpy", "nonzero", "equal", "allclose", "is_nonzero"),
-)
+# Functions that read values of a tensor, so that what the model does can depend on them. Not among
+# them is `__contains__`: Hugging Face's models use it to warn of padding.
+VALUE_READERS = {
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+    "__array__",
+    "item",
+    "tolist",
+    "numpy",
+    "equal",
+    "allclose",
+}
 
 
 class _Placeholder(torch.Tensor):

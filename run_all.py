@@ -1119,6 +1119,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.backends.cudnn.deterministic = True  # on CUDA: the same seed gives the same result
     if TORCHRUN and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # a sum depends on the threads: the same for any number of ranks
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # where "\u00b1" cannot be encoded, it is "?"
     status, problem, args = 2, "", None
     try:
         args = parse(argv)

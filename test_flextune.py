@@ -2109,6 +2109,14 @@ def test_a_broken_source_network_or_result_is_made_anew(quick):
             assert results() == good
 
 
+def test_a_table_is_printed_even_without_utf_8(quick, monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    quick(ONE.replace("--runs 1", "--runs 2") + " --methods source")
+    printed = stdout.buffer.getvalue().decode("ascii")
+    assert re.search(r"source +0\.\d+ \? 0\.\d+", printed)  # mean and standard deviation
+
+
 def test_progress_tells_the_time_left(monkeypatch, capsys):
     now = iter([0, 1, 30, 31, 60])
     clock = types.SimpleNamespace(perf_counter=lambda: next(now))
@@ -2699,11 +2707,10 @@ def test_tuned_weights_are_loaded_back_into_the_users_own_model(build, x, names)
         lambda tokens: (tokens == 99).any(),
         lambda tokens: int((tokens == 99).sum()) > 0,
         lambda tokens: 99 in tokens.flatten().tolist(),
-        lambda tokens: 99 in tokens,
         lambda tokens: torch.equal(tokens, torch.full_like(tokens, 99)),
         lambda tokens: np.asarray(tokens).max() == 99,
     ],
-    ids=["bool", "int", "tolist", "in", "equal", "numpy"],
+    ids=["bool", "int", "tolist", "equal", "numpy"],
 )
 def test_no_unit_begins_where_later_code_depends_on_a_value(is_special):
     message = "head cannot begin a unit: what the model does depends on a value"
