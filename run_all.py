@@ -1050,8 +1050,10 @@ def runs_of(pair: tuple[str, str], root: Path | None, args) -> list[Run]:
 
 
 def missing(run: Run, args) -> tuple[str, ...]:
-    """The methods of a run that have no result, or one without Table 4's figure."""
+    """The methods of a run without a result, with one of an older program, or without Table 4's
+    figure."""
     rows = {m: read_row(run.path(m, args.out)) or {} for m in run.methods}
+    # "num_trained" had another name in results of an older program.
     wanted = {m: "retrieval" if m in run.searched else "num_trained" for m in run.methods}
     return tuple(m for m in run.methods if args.save or wanted[m] not in rows[m])
 
