@@ -458,9 +458,14 @@ def split(
     or `model.train()` before you use it again.
 
     A unit is named after its first closed module with a weight matrix (a parameter of two or more
-    dimensions). It begins with this module, but for the first unit, and includes what follows
-    without a weight matrix, such as norms. Parameters and buffers that are in no closed module,
-    such as a position embedding, belong to the first unit.
+    dimensions). It begins with the call of this module, and the first unit with the model's input.
+    It ends where the next unit begins, so what follows without a weight matrix, such as a norm,
+    belongs to it. Parameters and buffers that are in no closed module, such as a position
+    embedding, belong to the first unit.
+
+    The model must call the same modules in the same order for all inputs. It is not cut where it
+    later reads values of a tensor from before the cut, such as token ids. (That it reads them with
+    `value in tensor` is not noticed.)
 
     Args:
         model: Called with one tensor; returns logits [N, classes], or a tuple that begins with
@@ -470,10 +475,11 @@ def split(
             the same shape.
         num_units: Target number of units. The modules with the most weight matrices are opened,
             until there are at least this many units. A module with less than 1 / num_units of the
-            weight matrices stays closed. A warning says why if there are fewer units although the
-            model has more weight matrices.
-        open: Names of modules that are always opened, as in `model.named_modules()`. An opened
-            module with a skip connection around its first layer does not begin a unit.
+            weight matrices stays closed. If there are fewer units than this, and weight matrices
+            for more, a warning says why.
+        open: Names of modules that are always opened, as in `model.named_modules()`. If a skip
+            connection passes around the first layer of an opened module, this layer becomes part
+            of the unit before.
 
     Raises ValueError if the model cannot be cut, or if the units would not compute what the model
     computes:
@@ -489,8 +495,6 @@ def split(
     unknown = opened - set(num_matrices)
     if unknown:
         raise ValueError(f"the model has no modules with children named {', '.join(unknown)}")
-    if not num_matrices:
-        raise ValueError("the model cannot be split into units: it has no modules inside")
     if num_units < 1:
         raise ValueError(f"num_units must be at least 1, not {num_units}")
     if len(x) < 2:
@@ -498,7 +502,8 @@ def split(
 
     called = _called_modules(model, x)
     net = None
-    problem = None  # why the latest attempt found no more units
+    # Why the latest attempt, kept or not, found no more units; None if it made every cut.
+    problem = "it has no modules inside"
     # The model itself ("") has the most matrices and comes first: it is cut between its children.
     for name in sorted(num_matrices, key=num_matrices.get, reverse=True):
         is_small = num_matrices[name] < num_matrices[""] / num_units
@@ -543,19 +548,14 @@ def _cut(
     """
     closed = _closed_modules(model, called, opened)
     recording = _record(model, x, closed)
-    nan_model = _with_nan_weights(model)
-
-    def make_unit(start: int, stop: int) -> _Unit:
-        names = [call.name for call in recording.calls[start:stop]]
-        # The first unit begins with the call of the model itself, not of its first module.
-        first_name = names[0] if start > 0 else ""
-        return _Unit(model, nan_model, closed, recording, names, first_name)
-
+    make_unit = partial(_Unit, model, _with_nan_weights(model), closed, recording)
     num_calls = len(recording.calls)
     weights = [set(closed[call.name].parameters()) for call in recording.calls]
     # The calls of modules with a weight matrix. Every unit begins with one of them, except possibly
     # the first.
     main_calls = [n for n in range(num_calls) if any(weight.dim() > 1 for weight in weights[n])]
+    if len(main_calls) < 2:
+        raise ValueError("it calls fewer than two modules with weights: is it wrapped or compiled?")
     starts = [0]  # index of the first call of each unit
     problem = None
     for index in main_calls[1:]:
@@ -570,8 +570,6 @@ def _cut(
             starts.append(index)
         else:
             problem = f"{call.name} cannot begin a unit: {reason}"
-    if len(main_calls) < 2:
-        problem = "it calls fewer than two modules with weights: is it wrapped or compiled?"
     if len(starts) == 1:
         raise ValueError(problem)
 
@@ -612,7 +610,7 @@ class _Recording(NamedTuple):
 
     model_input: torch.Tensor  # on the meta device
     calls: list[_Call]
-    outputs: dict[str, Any]  # what each module returned (the last time), on the meta device
+    outputs: dict[str, Any]  # what each module returned in its last call, on the meta device
     logits: torch.Tensor
 
 
@@ -633,7 +631,9 @@ def _record(model: nn.Module, x: torch.Tensor, closed: Iterable[str]) -> _Record
     model = copy.deepcopy(model).eval()
     for name in closed:
         module = model.get_submodule(name)
-        module.register_forward_pre_hook(partial(record_input, name), with_kwargs=True)
+        # Before the model's own hooks: a unit replaces the input before they are called, too.
+        record = partial(record_input, name)
+        module.register_forward_pre_hook(record, prepend=True, with_kwargs=True)
         module.register_forward_hook(partial(record_output, name))
     logits = _logits(model(x.clone()))
     return _Recording(x.to("meta"), calls, outputs, logits)
@@ -658,13 +658,16 @@ def _run(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return _logits(copy.deepcopy(model).eval()(x.clone()))
 
 
-def _difference(units: nn.Module, x: torch.Tensor, expected: torch.Tensor) -> str | None:
-    """Why these units do not return the expected logits for x; None if they do."""
+def _difference(unit: nn.Module, x: torch.Tensor, expected: torch.Tensor) -> str | None:
+    """Why a unit up to the end of the model does not return the expected logits; None if it does.
+
+    `x` is the input of the unit.
+    """
     try:
-        logits = _run(units, x)
+        logits = _run(unit, x)
     except Exception as error:  # noqa: BLE001 (a model run in pieces may raise anything)
         return _first_line(error)
-    # Weights that these units must not use are NaN: see `_Unit` and `_Stub`.
+    # Weights that the unit must not use are NaN: see `_Unit` and `_Stub`.
     if logits.isnan().any():
         return "it uses weights of another unit"
     if not torch.equal(logits, expected):
@@ -713,7 +716,7 @@ def _check_equal(net: nn.Sequential, model: nn.Module, x: torch.Tensor) -> None:
             raise ValueError(f"the gradient of {name} differs (gradient checkpointing?)")
 
 
-@torch.enable_grad()
+@torch.enable_grad()  # `_cut`, which calls this, runs without gradients
 def _train_once(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Run the model in training mode, with a fixed seed, and compute its gradients."""
     model.train().requires_grad_(True)
@@ -729,9 +732,10 @@ def _train_once(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def _logits(output) -> torch.Tensor:
     """The logits in what a model returns."""
-    if isinstance(output, dict):
-        return output["logits"]
-    return _first_tensor(output)
+    logits = output["logits"] if isinstance(output, dict) else _first_tensor(output)
+    if logits is None:
+        raise ValueError(f"the model returns {type(output).__name__}, which has no logits")
+    return logits
 
 
 def _first_tensor(arguments) -> torch.Tensor | None:
@@ -741,8 +745,9 @@ def _first_tensor(arguments) -> torch.Tensor | None:
     return None
 
 
-# Functions that read values of a tensor, so that what the model does can depend on them. Not among
-# them is `__contains__`: Hugging Face's models use it to warn of padding.
+# Functions that read values of a tensor, or return a shape that depends on them, so that what the
+# model does can depend on them. `__contains__` reads values, too, but is allowed: Hugging Face's
+# models use it only to decide whether to print a warning about padding.
 VALUE_READERS = {
     "__bool__",
     "__int__",
@@ -754,6 +759,12 @@ VALUE_READERS = {
     "numpy",
     "equal",
     "allclose",
+    "is_nonzero",
+    "nonzero",
+    "argwhere",
+    "masked_select",
+    "unique",
+    "bincount",
 }
 
 
@@ -764,12 +775,15 @@ class _Placeholder(torch.Tensor):
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         """PyTorch calls this instead of any function that receives a placeholder."""
         name = function.__name__
-        if name in VALUE_READERS:
+        index = _first_tensor(args[1:]) if name == "__getitem__" else None
+        is_mask = index is not None and index.dtype == torch.bool  # x[mask]
+        is_nonzero = name == "where" and len(args) == 1
+        if name in VALUE_READERS or is_mask or is_nonzero:
             raise ValueError("what the model does depends on a value of another unit")
         result = super().__torch_function__(function, types, args, kwargs or {})  # a placeholder
-        is_in_place = name.endswith("_") and not name.endswith("__")  # add_
-        is_operator = name == "__setitem__" or name.startswith("__i")  # x[0] = y, x += y
-        if is_in_place or is_operator:
+        is_method_in_place = name.endswith("_") and not name.endswith("__")  # x.add_(y)
+        is_operator_in_place = name == "__setitem__" or name.startswith("__i")  # x[0] = y, x += y
+        if is_method_in_place or is_operator_in_place:
             # A placeholder was written into a tensor, which becomes one itself.
             args[0].__class__ = cls
         return result
@@ -781,8 +795,9 @@ class _Placeholder(torch.Tensor):
 class _EndOfUnit(BaseException):
     """Ends the run of a unit. An `except Exception` in the model's own code does not catch it."""
 
-    def __init__(self, output: torch.Tensor):
+    def __init__(self, name: str, output: torch.Tensor):
         super().__init__()
+        self.name = name  # of the module that begins the next unit
         self.output = output
 
 
@@ -794,46 +809,52 @@ class _Unit(nn.Module):
         nan_model: A copy of it whose parameters are NaN.
         closed: The closed modules by name.
         recording: A run of the model.
-        names: The names of the closed modules that are called in this unit.
-        first_name: The name of the first of them, or "", the model itself, in the first unit.
+        start, stop: The unit has recording.calls[start:stop].
     """
 
-    def __init__(self, model, nan_model, closed, recording, names, first_name):
+    def __init__(self, model, nan_model, closed, recording, start, stop):
         super().__init__()
         self.model_input = recording.model_input
         self.outputs = recording.outputs
-        self.first_name = first_name
+        names = [call.name for call in recording.calls]
+        # The first unit begins with the call of the model itself, not of its first module.
+        self.first_name = names[start] if start > 0 else ""
+        self.next_name = names[stop] if stop < len(names) else None  # begins the next unit
         # Where `memo` has an entry for an object, deepcopy uses it and makes no copy. So the body
-        # has the model's own tensors, the modules of this unit, and all modules without weights
-        # (such as ReLU). All other closed modules become stubs.
-        memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        # has the model's own tensors, and its own modules for this unit. All other closed modules
+        # become stubs, but for those without weights: a ReLU or a pooling is often called again
+        # with another shape, and a stub knows only one.
+        memo = {id(tensor): tensor for tensor in _tensors(model)}
+        kept_modules = []
+        stubbed_modules = []
         for name, module in closed.items():
-            if name in names or not module.state_dict():
+            if name in names[start:stop] or not module.state_dict():
+                kept_modules.append(module)
                 memo[id(module)] = module
             else:
+                stubbed_modules.append(module)
                 memo[id(module)] = _Stub(self, name, nan_model.get_submodule(name))
         self.body = copy.deepcopy(model, memo)
 
-        own_modules = [closed[name] for name in names]
-        other_modules = [module for name, module in closed.items() if name not in names]
-        if first_name == "":  # tensors that are in no closed module belong to the first unit
-            own_modules = [self.body]
-        own = {id(t) for module in own_modules for t in _tensors(module)}
-        other = {id(t) for module in other_modules for t in _tensors(module)}
-        self._replace_tensors(own - other)
+        own_tensors = {id(t) for module in kept_modules for t in _tensors(module)}
+        if start == 0:  # tensors that are in no closed module belong to the first unit
+            stubbed_tensors = {id(t) for module in stubbed_modules for t in _tensors(module)}
+            own_tensors |= {id(t) for t in _tensors(self.body)} - stubbed_tensors
+        self._replace_tensors(own_tensors)
 
-    def _replace_tensors(self, own: set[int]):
-        """Replace all tensors of the body but for the own ones of this unit.
+    def _replace_tensors(self, own_tensors: set[int]):
+        """Replace all tensors of the body that do not belong to this unit.
 
-        Code that runs before the unit begins may still use them. Parameters become NaN, so that any
-        later use shows in the logits. Buffers become copies, since that code may change them. Both
-        are no longer trained, nor part of the state_dict.
+        They are attributes of opened modules, and code that runs before the unit begins may read
+        them. Parameters become NaN, so that any later use shows in the logits. Buffers become
+        copies, since that code may change them. Both are no longer trained, nor part of the
+        state_dict.
         """
         for module in self.body.modules():
             weights = dict(module.named_parameters(recurse=False, remove_duplicate=False))
             buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
             for name, tensor in (weights | buffers).items():
-                if id(tensor) not in own:
+                if id(tensor) not in own_tensors:
                     replacement = _nan_like(tensor) if name in weights else tensor.clone()
                     delattr(module, name)
                     module.register_buffer(name, replacement, persistent=False)
@@ -845,29 +866,32 @@ class _Unit(nn.Module):
         self.num_inputs = len(x)
         self.device = x.device
         self.has_begun = False
-        # What runs before the unit begins must not advance the random generators: `begin` restores
-        # them by closing this context.
-        rng_fork = contextlib.ExitStack()
-        rng_fork.enter_context(torch.random.fork_rng([x.device] if x.is_cuda else []))
+        before_unit = contextlib.ExitStack()  # what holds until the unit begins
 
         def begin(module, args, kwargs):
             """The first module is called: replace its input by that of the unit."""
-            if self.has_begun:
-                return None  # it is called once more in this unit
             self.has_begun = True
-            rng_fork.close()
+            before_unit.close()
             placeholder = _first_tensor((args, kwargs))
             return tree_map(lambda value: x if value is placeholder else value, (args, kwargs))
 
         first_module = self.body.get_submodule(self.first_name)  # "" is the body itself
+        hook = first_module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True)
         try:
-            # If `begin` is not called, it is `with` that closes rng_fork.
-            with rng_fork, first_module.register_forward_pre_hook(begin, with_kwargs=True):
-                # x enters in `begin`. Only the last unit returns here: in the others, a stub raises
-                # _EndOfUnit.
+            with before_unit:  # closes it if the unit does not begin
+                before_unit.enter_context(hook)
+                # What runs before the unit must not advance the random generators.
+                devices = [x.device] if x.is_cuda else []
+                before_unit.enter_context(torch.random.fork_rng(devices))
+                # Only the last unit returns here: in the others, a stub raises _EndOfUnit.
                 output = _logits(self.body(self.placeholders(self.model_input)))
         except _EndOfUnit as end:
             output = end.output
+            if end.name != self.next_name:
+                raise ValueError(
+                    f"the model called {end.name} instead of {self.next_name}: does it skip "
+                    "modules at random?"
+                ) from None
         if not self.has_begun:
             raise ValueError(f"the model did not call {self.first_name}")
         if type(output) is _Placeholder:
@@ -903,13 +927,11 @@ class _Stub(nn.Module):
 
     def forward(self, *args, **kwargs):
         if self.unit.has_begun:
-            raise _EndOfUnit(_first_tensor((args, kwargs)))
+            raise _EndOfUnit(self.name, _first_tensor((args, kwargs)))
         return self.unit.placeholders(self.unit.outputs[self.name])
 
     def __getattr__(self, name):  # called only for what the stub itself lacks
-        # Through `__dict__`: as long as it is not set (in unpickling), `self.nan_module` would call
-        # this function again.
-        return getattr(self.__dict__["nan_module"], name)
+        return getattr(self.nan_module, name)
 
     def __deepcopy__(self, memo):
         """A stub for a copy of its unit. `nan_module` is shared."""

@@ -2709,8 +2709,11 @@ def test_tuned_weights_are_loaded_back_into_the_users_own_model(build, x, names)
         lambda tokens: 99 in tokens.flatten().tolist(),
         lambda tokens: torch.equal(tokens, torch.full_like(tokens, 99)),
         lambda tokens: np.asarray(tokens).max() == 99,
+        lambda tokens: len((tokens == 99).nonzero()) > 0,
+        lambda tokens: len(tokens[tokens == 99]) > 0,
+        lambda tokens: len(torch.where(tokens == 99)[0]) > 0,
     ],
-    ids=["bool", "int", "tolist", "equal", "numpy"],
+    ids=["bool", "int", "tolist", "equal", "numpy", "nonzero", "mask", "where"],
 )
 def test_no_unit_begins_where_later_code_depends_on_a_value(is_special):
     message = "head cannot begin a unit: what the model does depends on a value"
@@ -2753,6 +2756,66 @@ def test_buffers_outside_of_all_units_are_those_of_the_first_unit():
     result = tune(net, "all", (PIXELS, y), (PIXELS, y))
     net.load_state_dict(result.net.state_dict())
     assert torch.equal(model.eval()(PIXELS), result.net(PIXELS))
+
+
+class Scaled(nn.Linear):
+    """A linear layer with a buffer that it has in common with other layers."""
+
+    def __init__(self, scale):
+        super().__init__(8, 8)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+def test_split_leaves_buffers_that_layers_have_in_common_to_the_model():
+    scale = torch.rand(8)
+    model = nn.Sequential(Scaled(scale), Scaled(scale), Scaled(scale))
+    before = copy.deepcopy(model.state_dict())
+    net = models.split(model, torch.rand(4, 8))
+    assert len(net) == 3
+    assert model.state_dict().keys() == before.keys()
+    assert model[0].scale is model[1].scale
+
+
+def test_hooks_of_the_model_run_in_its_units():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    for module in (model, model[0], model[2]):
+        module.register_forward_pre_hook(lambda module, args: (args[0] * 2 - 1,))
+        module.register_forward_hook(lambda module, args, output: output + 1)
+    x = torch.rand(4, 8)
+    net = models.split(model, x)
+    assert len(net) == 3
+    assert torch.equal(net(x), model(x))
+
+
+class LayerDrop(Transformer):
+    """In training, it skips some of its layers at random."""
+
+    def forward(self, tokens):
+        x = self.embeddings(tokens)
+        for layer in self.encoder.layers:
+            if not self.training or torch.rand([]) > 0.01:
+                x = layer(x)
+        return self.head(x[:, 0])
+
+
+def test_units_of_a_model_that_skips_modules_raise_instead_of_giving_something_else():
+    model = LayerDrop()
+    net = models.split(model, TOKENS)
+    num_raised = 0
+    for seed in range(100):
+        torch.manual_seed(seed)
+        expected = model(TOKENS)
+        torch.manual_seed(seed)
+        try:
+            logits = net(TOKENS)
+        except ValueError:
+            num_raised += 1
+        else:
+            assert torch.equal(logits, expected)
+    assert 0 < num_raised < 100
 
 
 def test_no_unit_begins_where_a_second_tensor_passes():
