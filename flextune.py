@@ -48,8 +48,8 @@ class Settings:
     top_k: int = 1  # a prediction is correct if the label is among the k largest logits
     seed: int = 0  # for shuffling, dropout, and random numbers that augment draws from PyTorch
     device: str | torch.device | None = None  # None: CUDA if available, else the CPU
-    # Memory limit for cached outputs of frozen units. While others replace them, up to three times
-    # as much is in use.
+    # Memory limit for cached outputs of frozen units. Up to three times as much is in use for a
+    # short time: the old outputs, the batches of new ones, and these in one tensor.
     cache_bytes: int = 2 * 1024**3
     bfloat16: bool = False  # train under bfloat16 autocast; validation and caching do not use it
     # batch -> batch, for training images only; uint8 images are already divided by 255
@@ -242,11 +242,11 @@ def ft_ss(task: Task) -> Result:
     """Fine-tune the last unit, and a scale and a shift for every frozen layer below it.
 
     After Sun et al., "Meta-Transfer Learning for Few-Shot Learning", CVPR 2019: every nn.Conv1d,
-    nn.Conv2d and nn.Conv3d gets a scale (initially 1) per kernel and a shift (initially 0) per
-    output channel, and every nn.Linear gets a scale and a shift per output. In the returned network
-    they are folded into the weights and biases, so layers below the last unit have biases even if
-    they had none before. Dropout is active in all units, and BatchNorm keeps its running averages.
-    The result is not in `task.results`: each call trains anew.
+    nn.Conv2d and nn.Conv3d gets a scale (initially 1) per pair of output and input channel and a
+    shift (initially 0) per output channel, and every nn.Linear gets a scale and a shift per output.
+    In the returned network they are folded into the weights and biases, so layers below the last
+    unit have biases even if they had none before. Dropout is active in all units, and BatchNorm
+    keeps its running averages. The result is not in `task.results`: each call trains anew.
     """
     # `fine_tune` trains every parameter of a unit. So below the last unit, weights become buffers,
     # and scales and shifts are the only parameters there.
@@ -290,7 +290,7 @@ def _add_scale_and_shift(layer: nn.Module) -> None:
 
 
 class _Scale(nn.Module):
-    """Parametrization: a factor per kernel of a convolution, or per output of a linear layer."""
+    """Parametrization: a factor per output of a linear layer, per channel pair of a convolution."""
 
     def __init__(self, weight: torch.Tensor):
         super().__init__()
@@ -318,9 +318,10 @@ def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None
 
     Frozen units do not change at all: no gradients, no BatchNorm updates, no dropout. In tuned
     units every parameter is trained, whatever its `requires_grad` was in the given network.
-    The source network (epoch 0) does not compete for the best state. If a weight is NaN or infinite
-    at a validation, training stops, and the best state before that is returned with `diverged` set.
-    If that happens at the first validation, the source network is returned.
+    The source network (epoch 0) does not compete for the best state, because the algorithms compare
+    tuned networks. So the result can be worse than the source network. If a weight is NaN or
+    infinite at a validation, training stops, and the best state before that is returned with
+    `diverged` set. If that happens at the first validation, the source network is returned.
     Results are kept in `task.results`, so nothing is trained twice.
 
     Raises ValueError if there is no such unit or no gradient reaches it. Errors in the network, the

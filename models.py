@@ -432,7 +432,8 @@ def _zero_start(layer: nn.Module) -> nn.Module:
 # own module, and the others are stubs. The unit runs the model's own `forward` from its beginning:
 #
 #   - The stub of stem, an earlier module, returns a placeholder in the shape of stem's output.
-#   - When block1 is called, the placeholder that it gets is replaced by the input of the unit.
+#   - When block1 is called, the placeholder that it gets is replaced by the input of the unit. If
+#     a skip connection uses the same tensor, it still gets the placeholder.
 #   - The stub of block2, a later module, ends the run. Its input is the output of the unit.
 #
 # `_cut` finds out where the model can be cut by trying: it runs all that follows the cut as one
@@ -789,7 +790,8 @@ class _Placeholder(torch.Tensor):
         return result
 
     def __deepcopy__(self, memo):
-        return self  # a unit that is copied may hold one, in a buffer for example
+        # A unit that is copied may hold one, in a buffer for example. PyTorch cannot copy it.
+        return self
 
 
 class _EndOfUnit(BaseException):
@@ -821,9 +823,9 @@ class _Unit(nn.Module):
         self.first_name = names[start] if start > 0 else ""
         self.next_name = names[stop] if stop < len(names) else None  # begins the next unit
         # Where `memo` has an entry for an object, deepcopy uses it and makes no copy. So the body
-        # has the model's own tensors, and its own modules for this unit. All other closed modules
-        # become stubs, but for those without weights: a ReLU or a pooling is often called again
-        # with another shape, and a stub knows only one.
+        # shares all tensors with the model, and the closed modules of this unit. Other closed
+        # modules become stubs, but for those without weights, which are shared, too: a ReLU or a
+        # pooling is often called again with another shape, and a stub knows only one.
         memo = {id(tensor): tensor for tensor in _tensors(model)}
         kept_modules = []
         stubbed_modules = []
@@ -837,7 +839,9 @@ class _Unit(nn.Module):
         self.body = copy.deepcopy(model, memo)
 
         own_tensors = {id(t) for module in kept_modules for t in _tensors(module)}
-        if start == 0:  # tensors that are in no closed module belong to the first unit
+        if start == 0:
+            # Tensors that are in no closed module belong to the first unit. The model may also have
+            # a tensor of a stubbed module under another name (a tied weight).
             stubbed_tensors = {id(t) for module in stubbed_modules for t in _tensors(module)}
             own_tensors |= {id(t) for t in _tensors(self.body)} - stubbed_tensors
         self._replace_tensors(own_tensors)
@@ -871,7 +875,7 @@ class _Unit(nn.Module):
         def begin(module, args, kwargs):
             """The first module is called: replace its input by that of the unit."""
             self.has_begun = True
-            before_unit.close()
+            before_unit.close()  # removes this hook and restores the random generators
             placeholder = _first_tensor((args, kwargs))
             return tree_map(lambda value: x if value is placeholder else value, (args, kwargs))
 
@@ -879,7 +883,7 @@ class _Unit(nn.Module):
         hook = first_module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True)
         try:
             with before_unit:  # closes it if the unit does not begin
-                before_unit.enter_context(hook)
+                before_unit.callback(hook.remove)
                 # What runs before the unit must not advance the random generators.
                 devices = [x.device] if x.is_cuda else []
                 before_unit.enter_context(torch.random.fork_rng(devices))
