@@ -424,16 +424,17 @@ def _zero_start(layer: nn.Module) -> nn.Module:
 #
 # A model's `forward` is arbitrary code, so `split` does not read it but runs it. One run shows in
 # which order the model calls its modules. Where a single tensor passes from the modules called so
-# far to all that follows, the model can be cut, and a unit is what `forward` does between two cuts.
-# A module is opened if cuts are made inside of it, else it is closed.
+# far to all that follows, and only as an argument of the next module, the model can be cut. A unit
+# is what `forward` does between two cuts. A module is opened if cuts are made inside of it, else it
+# is closed.
 #
 # For example, a model that calls the closed modules stem, block1, block2 and head is cut before
 # block1, block2 and head. The unit of block1 has a copy of the model in which block1 is the model's
 # own module, and the others are stubs. The unit runs the model's own `forward` from its beginning:
 #
 #   - The stub of stem, an earlier module, returns a placeholder in the shape of stem's output.
-#   - When block1 is called, the placeholder that it gets is replaced by the input of the unit. If
-#     a skip connection uses the same tensor, it still gets the placeholder.
+#   - When block1 is called, the placeholder that it gets is replaced by the input of the unit. (A
+#     skip connection around block1 would still get the placeholder.)
 #   - The stub of block2, a later module, ends the run. Its input is the output of the unit.
 #
 # `_cut` finds out where the model can be cut by trying: it runs all that follows the cut as one
@@ -464,8 +465,9 @@ def split(
     belongs to it. Parameters and buffers that are in no closed module, such as a position
     embedding, belong to the first unit.
 
-    The model must call the same modules in the same order for all inputs. It is not cut where it
-    later reads values of a tensor from before the cut, such as token ids. (That it reads them with
+    For all inputs, the model must call the same modules in the same order, and they must return
+    tensors of the same shapes, but for the number of inputs. The model is not cut where it later
+    reads values of a tensor from before the cut, such as token ids. (That it reads them with
     `value in tensor` is not noticed.)
 
     Args:
@@ -479,8 +481,8 @@ def split(
             weight matrices stays closed. If there are fewer units than this, and weight matrices
             for more, a warning says why.
         open: Names of modules that are always opened, as in `model.named_modules()`. If a skip
-            connection passes around the first layer of an opened module, this layer becomes part
-            of the unit before.
+            connection begins at the first layer of an opened module, the layers beside it become
+            part of the unit before.
 
     Raises ValueError if the model cannot be cut, or if the units would not compute what the model
     computes:
@@ -664,15 +666,17 @@ def _difference(unit: nn.Module, x: torch.Tensor, expected: torch.Tensor) -> str
 
     `x` is the input of the unit.
     """
-    try:
-        logits = _run(unit, x)
-    except Exception as error:  # noqa: BLE001 (a model run in pieces may raise anything)
-        return _first_line(error)
-    # Weights that the unit must not use are NaN: see `_Unit` and `_Stub`.
-    if logits.isnan().any():
-        return "it uses weights of another unit"
-    if not torch.equal(logits, expected):
-        return "the logits differ from those of the model"
+    # A NaN in place of a weight or an activation of another unit shows in the logits if it is used.
+    # An integer shows if another integer gives other logits.
+    for unit.integer in (0, 1):
+        try:
+            logits = _run(unit, x)
+        except Exception as error:  # noqa: BLE001 (a model run in pieces may raise anything)
+            return _first_line(error)
+        if logits.isnan().any():
+            return "it uses weights or activations of another unit"
+        if not torch.equal(logits, expected):
+            return "the logits differ from those of the model"
     return None
 
 
@@ -696,8 +700,9 @@ def _check_equal(net: nn.Sequential, model: nn.Module, x: torch.Tensor) -> None:
     if not torch.equal(logits, _train_once(trained_model, x)):
         raise ValueError("the logits of the units differ in training mode")
 
-    # unit.body is a copy of the model in which the modules of other units are stubs. So its tensors
-    # have their names in the model, and each one is in the body of one unit only.
+    # unit.body is a copy of the model without the tensors of other units: they are in stubs, or
+    # replaced (see `_replace_tensors`). So the bodies together have the tensors of the model, each
+    # once, under their names in the model.
     state = {}
     gradients = {}
     for unit in trained_net:
@@ -727,6 +732,7 @@ def _train_once(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         try:
             logits.sum().backward()
         except _EndOfUnit:
+            # Checkpointing runs a part of `forward` again, in which it meets a stub.
             raise ValueError("backward calls modules again (gradient checkpointing?)") from None
     return logits
 
@@ -816,6 +822,7 @@ class _Unit(nn.Module):
 
     def __init__(self, model, nan_model, closed, recording, start, stop):
         super().__init__()
+        self.integer = 0  # the value of integers in placeholders
         self.model_input = recording.model_input
         self.outputs = recording.outputs
         names = [call.name for call in recording.calls]
@@ -824,21 +831,21 @@ class _Unit(nn.Module):
         self.next_name = names[stop] if stop < len(names) else None  # begins the next unit
         # Where `memo` has an entry for an object, deepcopy uses it and makes no copy. So the body
         # shares all tensors with the model, and the closed modules of this unit. Other closed
-        # modules become stubs, but for those without weights, which are shared, too: a ReLU or a
-        # pooling is often called again with another shape, and a stub knows only one.
+        # modules become stubs. Only those without a state_dict are copied: a ReLU or a pooling is
+        # often called again with another shape, and a stub knows only one.
         memo = {id(tensor): tensor for tensor in _tensors(model)}
-        kept_modules = []
+        own_modules = []
         stubbed_modules = []
         for name, module in closed.items():
-            if name in names[start:stop] or not module.state_dict():
-                kept_modules.append(module)
+            if name in names[start:stop]:
+                own_modules.append(module)
                 memo[id(module)] = module
-            else:
+            elif module.state_dict():
                 stubbed_modules.append(module)
                 memo[id(module)] = _Stub(self, name, nan_model.get_submodule(name))
         self.body = copy.deepcopy(model, memo)
 
-        own_tensors = {id(t) for module in kept_modules for t in _tensors(module)}
+        own_tensors = {id(t) for module in own_modules for t in _tensors(module)}
         if start == 0:
             # Tensors that are in no closed module belong to the first unit. The model may also have
             # a tensor of a stubbed module under another name (a tied weight).
@@ -849,7 +856,7 @@ class _Unit(nn.Module):
     def _replace_tensors(self, own_tensors: set[int]):
         """Replace all tensors of the body that do not belong to this unit.
 
-        They are attributes of opened modules, and code that runs before the unit begins may read
+        They are attributes of copied modules, and code that runs before the unit begins may read
         them. Parameters become NaN, so that any later use shows in the logits. Buffers become
         copies, since that code may change them. Both are no longer trained, nor part of the
         state_dict.
@@ -910,7 +917,7 @@ class _Unit(nn.Module):
             has_batch_dimension = len(shape) > 0 and shape[0] == len(self.model_input)
             if has_batch_dimension:
                 shape[0] = self.num_inputs
-            value = math.nan if tensor.is_floating_point() else 0
+            value = math.nan if tensor.is_floating_point() else self.integer
             filled = torch.full(shape, value, dtype=tensor.dtype, device=self.device)
             return filled.as_subclass(_Placeholder)
 

@@ -2576,9 +2576,13 @@ class BranchOnValues(Transformer):
 class Masked(Transformer):
     """A mask of padding tokens goes to every layer. It is written into another tensor."""
 
+    def __init__(self, write):
+        super().__init__()
+        self.write = write
+
     def forward(self, tokens):
         mask = torch.zeros(tokens.shape)
-        mask[tokens == 99] = 1
+        self.write(mask, tokens)
         x = self.embeddings(tokens)
         for layer in self.encoder.layers:
             x = layer(x) - mask[:, :, None]
@@ -2758,6 +2762,29 @@ def test_buffers_outside_of_all_units_are_those_of_the_first_unit():
     assert torch.equal(model.eval()(PIXELS), result.net(PIXELS))
 
 
+class Centred(nn.Module):
+    """It has a running mean, and no state_dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8), persistent=False)
+
+    def forward(self, x):
+        if self.training:
+            self.mean.lerp_(x.detach().mean(0), 0.5)
+        return x - self.mean
+
+
+def test_units_update_the_buffers_of_the_model_as_the_model_does():
+    model = nn.Sequential(nn.Linear(8, 8), Centred(), nn.Linear(8, 8), Centred(), nn.Linear(8, 3))
+    x = torch.rand(4, 8)
+    net = models.split(model, x)
+    expected = copy.deepcopy(model)
+    assert torch.equal(net(x), expected(x))  # in training mode
+    for buffer, expected_buffer in zip(model.buffers(), expected.buffers()):
+        assert torch.equal(buffer, expected_buffer)
+
+
 class Scaled(nn.Linear):
     """A linear layer with a buffer that it has in common with other layers."""
 
@@ -2818,10 +2845,20 @@ def test_units_of_a_model_that_skips_modules_raise_instead_of_giving_something_e
     assert 0 < num_raised < 100
 
 
-def test_no_unit_begins_where_a_second_tensor_passes():
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda mask, tokens: mask.__setitem__(tokens == 99, 1),
+        lambda mask, tokens: mask.logical_or_(tokens == 99),
+        lambda mask, tokens: mask[:, :].copy_(tokens == 1),  # a view: `mask` is no placeholder
+    ],
+    ids=["setitem", "in place", "view"],
+)
+def test_no_unit_begins_where_a_second_tensor_passes(write):
     """Although for x, which has no padding, the mask makes no difference."""
-    with pytest.warns(UserWarning, match="only 2 units .* cannot begin a unit: more than one"):
-        net = models.split(Masked(), TOKENS)
+    x = TOKENS.clamp(min=2)
+    with pytest.warns(UserWarning, match="only 2 units .* cannot begin a unit"):
+        net = models.split(Masked(write), x)
     assert list(flextune.unit_names(net).values()) == ["embeddings", "head"]
 
 
