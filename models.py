@@ -668,7 +668,8 @@ def _difference(unit: nn.Module, x: torch.Tensor, expected: torch.Tensor) -> str
     """
     # A NaN in place of a weight or an activation of another unit shows in the logits if it is used.
     # An integer shows if another integer gives other logits.
-    for unit.integer in (0, 1):
+    for integer in (0, 1):
+        unit.integer = integer
         try:
             logits = _run(unit, x)
         except Exception as error:  # noqa: BLE001 (a model run in pieces may raise anything)
