@@ -376,19 +376,19 @@ def _train(task: Task, unit_numbers: tuple[int, ...], epochs: int | None) -> Res
             diverged = True
             break
 
-        accuracy = task.accuracy(net, num_frozen)
-        history.append((epoch, accuracy))
+        val_accuracy = task.accuracy(net, num_frozen)
+        history.append((epoch, val_accuracy))
         if task.report is not None:
             seconds_left = (time.perf_counter() - start_time) * (max_epochs / epoch - 1)
             task.report(
                 f"unit {label(net, *unit_numbers)}: epoch {epoch}, "
-                f"validation {accuracy:.3f}, at most {seconds_left:.0f} s left"
+                f"validation {val_accuracy:.3f}, at most {seconds_left:.0f} s left"
             )
 
         # The first validation always counts, because the source network does not compete. With a
         # fixed number of epochs every validation counts, so the final state is returned.
-        if best_epoch == 0 or accuracy > best_accuracy or epochs is not None:
-            best_epoch, best_accuracy = epoch, accuracy
+        if best_epoch == 0 or val_accuracy > best_accuracy or epochs is not None:
+            best_epoch, best_accuracy = epoch, val_accuracy
             best_net = _copy_units(net, unit_numbers)
             checks_without_improvement = 0
         else:

@@ -466,7 +466,7 @@ def split(
     embedding, belong to the first unit.
 
     For all inputs, the model must call the same modules in the same order, and they must return
-    tensors of the same shapes, but for the number of inputs. The model is not cut where it later
+    tensors of the same shapes, except for the number of inputs. The model is not cut where it later
     reads values of a tensor from before the cut, such as token ids. (That it reads them with
     `value in tensor` is not noticed.)
 
@@ -504,6 +504,7 @@ def split(
         raise ValueError("split needs two or more inputs, to tell the batch from other dimensions")
 
     called = _called_modules(model, x)
+    nan_model = _with_nan_weights(model)
     net = None
     # Why the latest attempt, kept or not, found no more units; None if it made every cut.
     problem = "it has no modules inside"
@@ -514,7 +515,7 @@ def split(
         if is_small or is_enough:
             break
         try:
-            finer_net, problem = _cut(model, x, called, opened | {name})
+            finer_net, problem = _cut(model, nan_model, x, called, opened | {name})
         except Exception as error:  # noqa: BLE001 (a model run in pieces may raise anything)
             problem = _first_line(error)
             continue
@@ -542,7 +543,7 @@ def _called_modules(model: nn.Module, x: torch.Tensor) -> set[str]:
 
 @torch.no_grad()
 def _cut(
-    model: nn.Module, x: torch.Tensor, called: set[str], opened: set[str]
+    model: nn.Module, nan_model: nn.Module, x: torch.Tensor, called: set[str], opened: set[str]
 ) -> tuple[nn.Sequential, str | None]:
     """Cut the model before all closed modules where it is possible.
 
@@ -551,7 +552,7 @@ def _cut(
     """
     closed = _closed_modules(model, called, opened)
     recording = _record(model, x, closed)
-    make_unit = partial(_Unit, model, _with_nan_weights(model), closed, recording)
+    make_unit = partial(_Unit, model, nan_model, closed, recording)
     num_calls = len(recording.calls)
     weights = [set(closed[call.name].parameters()) for call in recording.calls]
     # The calls of modules with a weight matrix. Every unit begins with one of them, except possibly
@@ -666,8 +667,8 @@ def _difference(unit: nn.Module, x: torch.Tensor, expected: torch.Tensor) -> str
 
     `x` is the input of the unit.
     """
-    # A NaN in place of a weight or an activation of another unit shows in the logits if it is used.
-    # An integer shows if another integer gives other logits.
+    # Weights and activations of other units are NaN, which shows in the logits if they are used.
+    # Integers cannot be NaN. Their value must not matter, so two values are tried.
     for integer in (0, 1):
         unit.integer = integer
         try:
@@ -785,8 +786,8 @@ class _Placeholder(torch.Tensor):
         name = function.__name__
         index = _first_tensor(args[1:]) if name == "__getitem__" else None
         is_mask = index is not None and index.dtype == torch.bool  # x[mask]
-        is_nonzero = name == "where" and len(args) == 1
-        if name in VALUE_READERS or is_mask or is_nonzero:
+        is_where = name == "where" and len(args) == 1  # where(mask), which is like nonzero
+        if name in VALUE_READERS or is_mask or is_where:
             raise ValueError("what the model does depends on a value of another unit")
         result = super().__torch_function__(function, types, args, kwargs or {})  # a placeholder
         is_method_in_place = name.endswith("_") and not name.endswith("__")  # x.add_(y)
