@@ -535,9 +535,13 @@ class Center(nn.Module):
 
 
 def test_the_best_state_includes_what_is_not_in_the_state_dict(train, val):
-    result = tune(between_linear_units(Center()), "all", train, val, replace(FAST, lr=0.3))
+    net, train, val = in_float64(between_linear_units(Center()), train, val)
+    task = Task(net, train, val, replace(FAST, lr=0.3))
+    result = flextune.ft_all(task)
     assert result.epochs > result.best_epoch
     assert result.accuracy == flextune.accuracy(result.net, val)
+    expected_net, _, _ = run_all.literal(task, [1, 2, 3], epochs=result.best_epoch)
+    torch.testing.assert_close(result.net[1].mean, expected_net[1].mean)
 
 
 def test_the_memory_layout_stays(source, train, val):
