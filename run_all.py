@@ -139,7 +139,7 @@ class Family:
     pretraining: Settings
     epochs: int | None = None  # of pretraining, to the last state; None: stop early, at the best
     weights: Callable[[Path], nn.Sequential] | None = None  # reads a network pretrained elsewhere
-    files: tuple[str, ...] = ()  # what it reads, as shifts.ORIGINS names it
+    files: tuple[str, ...] = ()  # what it reads, as shifts.DATASETS names it
     code: tuple[bytes, ...] = ()  # of the file that --network names
     head: Callable[[nn.Sequential], nn.Sequential] = copy.copy  # what becomes of its last layer
     built_in: dict = field(default_factory=dict)  # what is other on built-in data
@@ -990,7 +990,7 @@ def print_scenarios(pairs: list[tuple[str, str]], data: str | None) -> None:
     for source, target in pairs:
         family, found = SCENARIOS[source, target], []
         for name in [*shifts.needs(source, target), *family.files]:
-            there = shifts.ORIGINS[name].there(Path(data or "data"))
+            there = shifts.DATASETS[name].is_complete(Path(data or "data"))
             found.append(f"{name} {'there' if there else 'missing'}")
         found = ["built-in images"] if data == "builtin" else found
         ratios, accuracy = " ".join(map(str, family.ratios)), f"top-{family.tuning.top_k}"
@@ -1029,7 +1029,7 @@ def runs_of(pair: tuple[str, str], root: Path | None, args) -> list[Run]:
     asked = args.methods or METHODS.keys() - family.left_out
     methods = tuple(m for m in METHODS if m in asked) + ("flex-i2i",) * args.image_to_image
     # Images to search are the source's: PACS can be run without those of ILSVRC.
-    there = not root or pair[0] != "ilsvrc" or shifts.ORIGINS["ilsvrc"].there(root)
+    there = not root or pair[0] != "ilsvrc" or shifts.DATASETS["ilsvrc"].is_complete(root)
     searched = RETRIEVAL if there and 4 in args.table else ()
     networks = 1 if root and family.weights else args.source_networks  # only one can be read
     for ratio in sorted(set(args.ratio or family.ratios)):

@@ -1,12 +1,13 @@
-"""Data: readers and downloads, splits and subsampling, domain shifts, and a built-in stand-in.
+"""Data: downloads, readers, splits, domain shifts, and built-in images.
 
-Images are uint8 tensors [N, channels, H, W], labels int64 tensors [N]. A domain is a dictionary of
-splits, name: (images, labels). A source has "source" (what its network is trained on), and it and
-its targets have "pool" (what target training sets are drawn from), "val" and "test"; no image is
-in two of them. The splits and what a shift draws depend on DATA_SEED alone, never on a run.
+A domain is a dictionary of splits, name: (images, labels). Images are uint8 [N, channels, H, W],
+labels int64 [N]. A source domain has the splits "source" (its network is trained on these images),
+"pool" (target training sets are drawn from it), "val" and "test". A target domain has the last
+three. No image is in two splits of a domain. The splits, and the random numbers of a shift, depend
+only on DATA_SEED: they are the same in every run.
 
-Splits and shifts are those of the paper's authors' code, where nothing else is said. They work on
-numbers in [0, 1]; here each shift's result is rounded to uint8, which is a quarter of the memory.
+Where nothing else is said, splits and shifts are those of the authors' code. It works on images in
+[0, 1]. Here, the result of each shift is rounded to uint8, which needs a quarter of the memory.
 """
 
 import gzip
@@ -26,7 +27,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial, wraps
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from secrets import token_hex
 from typing import BinaryIO
@@ -38,233 +39,341 @@ from torch.nn.functional import interpolate
 
 DATA_SEED = 0
 
-Data = tuple[torch.Tensor, torch.Tensor]
-Report = Callable[[str], None]  # what is being done
+Data = tuple[torch.Tensor, torch.Tensor]  # images and labels
+Report = Callable[[str], None]  # called with a line about the progress
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message says in a line what is wrong and what to do."""
+    """Data that cannot be used. The message says in one line what is wrong and what to do."""
 
 
 class MissingError(DataError):
-    """Data that is neither there nor can be downloaded."""
-
-
-def _line(error) -> str:
-    """What went wrong, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """Data that is not there and could not be downloaded."""
 
 
 # ---------------------------------------------------------------- domains
 
-NATURAL = ("svhn", "cifar", "quickdraw", "art", "cartoon", "sketch")  # no shifts of their source
-INPUTS = {"mnist": (1, 28), "cifar": (3, 32), "quickdraw": (1, 32)}  # channels and side, by source
+# Targets with images of their own. The other targets are shifted images of their source.
+NATURAL = ("svhn", "cifar", "quickdraw", "art", "cartoon", "sketch")
+# What the network of a source takes: number of channels, and side in pixels.
+INPUT_SHAPES = {"mnist": (1, 28), "cifar": (3, 32), "quickdraw": (1, 32)}
 
 
 def needs(source: str, target: str) -> list[str]:
-    """The data sets of a scenario, of ORIGINS."""
-    names = [source, *[target] * (target in NATURAL), *["bsds500"] * (target == "mnist-m")]
-    return names[1:] if target in PACS else names
+    """The names in DATASETS of the data sets that a scenario reads."""
+    if target in PACS:
+        return [target]
+    if target in NATURAL:
+        return [source, target]
+    if target == "mnist-m":
+        return [source, "bsds500"]
+    return [source]
 
 
 def provide(names: list[str], root: Path, report: Report = lambda text: None) -> None:
-    """Download to `root` those data sets that are not there. Raises DataError."""
-    if {"bsds500", "ilsvrc", *PACS} & {*names}:
-        _pillow()  # if it is missing, that is found before anything is downloaded
+    """Download the data sets that are not in `root` yet. Raises DataError."""
+    if any(name in ("bsds500", "ilsvrc", *PACS) for name in names):
+        _pillow()  # if it is missing, say so before anything is downloaded
     for name in names:
-        if not ORIGINS[name].there(root):
-            ORIGINS[name].download(root, report)
+        if not DATASETS[name].is_complete(root):
+            DATASETS[name].download(root, report)
 
 
-def load(source: str, target: str | None, root: Path | None, report: Report = lambda text: None):
-    """The domain of a source, or of one of its targets, as the source's network takes images.
+def load(
+    source: str, target: str | None, root: Path | None, report: Report = lambda text: None
+) -> dict[str, Data]:
+    """A source domain, or one of its targets, as images that the source's network takes.
 
-    `root` is the folder of the real data; None means the built-in images. Raises DataError.
+    Args:
+        source: "mnist", "cifar", "quickdraw" or "ilsvrc".
+        target: A target of this source, or None for the source domain itself.
+        root: The folder of the real data, or None for built-in images.
+        report: Called with lines about the progress.
+
+    Raises DataError.
     """
     name = target if target in NATURAL else source
-    shift = SHIFTS.get((source, target), lambda x, draw: x)
+    shift = SHIFTS.get((source, target), _unshifted)
     if target == "mnist-m":
-        shift = partial(shift, photos=_photos(root) if root else draw_photos())
-    if root and name in ("ilsvrc", *PACS):  # shifted while read: too large for two copies in memory
-        read = _ilsvrc if name == "ilsvrc" else partial(_pacs, name)
-        return read(root, report, partial(shift, draw=None))
-    real = {"mnist": _mnist, "svhn": _svhn, "cifar": _cifar, "quickdraw": _quickdraw}
-    domain = real[name](root) if root else _builtin(name)
-    splits, inputs = ("pool", "val", "test") if target else domain, {}
-    for split in splits:
-        x, y = domain[split]
-        x = shift(x, draw=_generator(f"{source} {target} {split}"))
-        inputs[split] = _to_input(x, *INPUTS.get(source, x.shape[1:3])), y
+        photos = _photos(root) if root else draw_photos()
+        shift = partial(shift, photos=photos)
+    if root and name == "ilsvrc":
+        return _ilsvrc(root, report, shift)
+    if root and name in PACS:
+        return _pacs(name, root, report, shift)
+
+    domain = REAL_DOMAINS[name](root) if root else _built_in(name)
+    inputs = {}
+    for split in ("pool", "val", "test") if target else domain:
+        images, labels = domain[split]
+        images = shift(images, _generator(f"{source} {target} {split}"))
+        if source in INPUT_SHAPES:
+            images = _to_input(images, *INPUT_SHAPES[source])
+        inputs[split] = images, labels
     return inputs
 
 
+def _unshifted(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    return x
+
+
 def _to_input(x: torch.Tensor, channels: int, side: int) -> torch.Tensor:
-    """Images of another size, and of the mean of their channels, or of their one repeated."""
-    x = x if x.shape[2] == side else _resized(x, side)
-    if channels < x.shape[1]:
-        x = _by_chunks(lambda chunk: chunk.mean(1, keepdim=True), x)
+    """Resize images, and average their channels or repeat their only one."""
+    if x.shape[2] != side:
+        x = _resized(x, side)
+    if x.shape[1] > channels:
+        x = _map_chunks(lambda chunk: chunk.mean(1, keepdim=True), x)
     return x.expand(-1, channels, -1, -1)
 
 
 def subsample(data: Data, ratio: int, largest: int, seed: int) -> Data:
-    """The share ratio / largest of each class, rounded up, drawn by `seed` (ratios: Table 2)."""
-    x, y = data
+    """Draw the share ratio / largest of each class, rounded up (section 5.1, Table 2).
+
+    `largest` is the ratio that stands for all images.
+    """
+    images, labels = data
     if ratio == largest:  # no second copy of a large pool
         return data
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    classes = (order[y[order] == label] for label in y.unique())
-    chosen = torch.cat([mine[: -(-ratio * len(mine) // largest)] for mine in classes])
-    return x[chosen], y[chosen]
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    chosen = []
+    for label in labels.unique():
+        indices = order[labels[order] == label]
+        chosen.append(indices[: math.ceil(ratio * len(indices) / largest)])
+    chosen = torch.cat(chosen)
+    return images[chosen], labels[chosen]
 
 
 def _generator(name: str) -> torch.Generator:
-    """The random numbers that belong to a name, the same in every run."""
+    """Random numbers that depend only on a name and on DATA_SEED."""
     return torch.Generator().manual_seed(DATA_SEED + zlib.crc32(name.encode()))
 
 
 # ---------------------------------------------------------------- shifts
 #
-# Each takes images and a generator `draw`, which the fixed ones do not use, and gives new images.
+# A shift takes images [N, channels, H, W] and a random number generator, and returns new images.
+# Floats are always float32, so that PyTorch's default dtype does not change an image.
 
 
-def blur(x: torch.Tensor, draw: torch.Generator, taps: int, sigma: float) -> torch.Tensor:
-    """Convolution with a bell of `taps` x `taps` pixels, black outside.
+def blur(x: torch.Tensor, rng: torch.Generator, taps: int, sigma: float) -> torch.Tensor:
+    """Convolve with a bell-shaped kernel of taps x taps pixels. Outside of the image is black.
 
-    A line of it: the square root of a standard normal's probability in each of `taps` equal
-    intervals, which cover -sigma to sigma and half of (2 sigma + 1) / taps on either side. Of an
-    even number, one tap more is on the right and below.
+    The kernel is sqrt(p p^T), divided by its sum. Here, p[i] is the probability of a standard
+    normal variable in the i-th of `taps` equal intervals from -edge to edge, where
+    edge = sigma + (2 sigma + 1) / (2 taps). An even kernel has one more pixel on the right and
+    below its center than on the left and above.
     """
-    edge = sigma + (sigma + 0.5) / taps
-    bell = torch.special.ndtr(torch.linspace(-edge, edge, taps + 1)).diff().sqrt()
-    place = torch.arange(x.shape[2])
-    tap = place - place[:, None] + (taps - 1) // 2  # the one that takes a pixel to another
-    line = (bell / bell.sum())[tap.clamp(0, taps - 1)].where((0 <= tap) & (tap < taps), 0)
-    return _by_chunks(lambda chunk: line @ chunk @ line.T, x)
+    edge = sigma + (2 * sigma + 1) / (2 * taps)
+    bounds = torch.linspace(-edge, edge, taps + 1, dtype=torch.float32)
+    kernel = torch.special.ndtr(bounds).diff().sqrt()
+    kernel = kernel / kernel.sum()  # the two-dimensional kernel is its outer product
+
+    # Convolving all rows with it is a product with a banded matrix, and so for all columns.
+    pixel = torch.arange(x.shape[2])
+    tap = pixel - pixel[:, None] + (taps - 1) // 2  # (output, input)
+    is_in_kernel = (0 <= tap) & (tap < taps)
+    matrix = kernel[tap.clamp(0, taps - 1)].where(is_in_kernel, 0)
+    return _map_chunks(lambda chunk: matrix @ chunk @ matrix.T, x)
 
 
-def occlude(x: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-    """A black square over a quarter of each image, half as high and wide; its place is drawn."""
+def occlude(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """A black square, half as high and half as wide as the image, at a random place.
+
+    Its first row and column are floor(u * side / 2), with u uniform in [0, 1).
+    """
     side = x.shape[2]
-    start = (torch.rand(2, len(x), 1, generator=draw) * side / 2).long()
-    columns, rows = (start <= torch.arange(side)) & (torch.arange(side) < start + side // 2)
+    start = (_rand(2, len(x), 1, rng=rng) * side / 2).long()
+    pixel = torch.arange(side)
+    is_covered = (start <= pixel) & (pixel < start + side // 2)  # (2, N, side)
+    columns, rows = is_covered
     return x.masked_fill(rows[:, None, :, None] & columns[:, None, None, :], 0)
 
 
-def noise(x: torch.Tensor, draw: torch.Generator, sigma: float) -> torch.Tensor:
-    """Gaussian noise of deviation `sigma` (of 255) on every pixel and channel, clipped, cut off."""
+def noise(x: torch.Tensor, rng: torch.Generator, sigma: float) -> torch.Tensor:
+    """floor(x + sigma n), clipped to 0...255; n is standard normal for each pixel and channel."""
 
     def noisy(chunk):
-        return (chunk + sigma * torch.randn(chunk.shape, generator=draw)).floor()
+        return (chunk + sigma * _randn(*chunk.shape, rng=rng)).floor()
 
-    return _by_chunks(noisy, x)
+    return _map_chunks(noisy, x)
 
 
-def photo_background(x: torch.Tensor, draw: torch.Generator, photos: list) -> torch.Tensor:
-    """MNIST-M: |photo patch - digit| per channel [N, 3, H, W], the digit all black or white.
+def photo_background(
+    x: torch.Tensor, rng: torch.Generator, photos: list[torch.Tensor]
+) -> torch.Tensor:
+    """MNIST-M: |patch - digit| in each channel [N, 3, H, W], where the digit is 255 if x > 0, else 0.
 
-    The patch is drawn from `photos`, each [3, h, w]. Ganin's original has grey digits, too.
+    The patch is drawn from `photos`, each uint8 [3, h, w]. Ganin's original has grey digits, too.
     """
-    n, _, height, width = x.shape
-    which = torch.randint(len(photos), (n,), generator=draw)
-    place = torch.rand(2, n, generator=draw)
-    patches = x.new_empty(n, 3, height, width)
+    num_images, _, height, width = x.shape
+    photo_of_image = torch.randint(len(photos), (num_images,), generator=rng)
+    place = _rand(2, num_images, rng=rng)
+    patches = x.new_empty(num_images, 3, height, width)
     for number, photo in enumerate(photos):
-        mine = (which == number).nonzero()[:, 0]
+        images = (photo_of_image == number).nonzero()[:, 0]
         windows = photo.unfold(1, height, 1).unfold(2, width, 1)  # (3, rows, columns, H, W)
-        row = (place[0, mine] * windows.shape[1]).long()
-        column = (place[1, mine] * windows.shape[2]).long()
-        patches[mine] = windows[:, row, column].transpose(0, 1)
+        row = (place[0, images] * windows.shape[1]).long()
+        column = (place[1, images] * windows.shape[2]).long()
+        patches[images] = windows[:, row, column].transpose(0, 1)
     return torch.where(x > 0, 255 - patches, patches)
 
 
-def transform_random(x: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-    """An affine map drawn for each image: up to 1.5 radians either way, 1 to 2.5 times smaller in x
-    and in y, and a move of up to (scale - 1) / 2 pixels."""
-    angle, *scale_and_move = torch.rand(5, len(x), generator=draw)
-    scale = 1 + 1.5 * torch.stack(scale_and_move[:2], 1)  # (N, 2)
-    move = (torch.stack(scale_and_move[2:], 1) - 0.5) * (scale - 1)
-    return affine(x, 3 * angle - 1.5, scale, move)
+def transform_random(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """An affine map for each image, with parameters that are drawn uniformly (see `affine`).
+
+    angle in [-1.5, 1.5), scale in [1, 2.5) for x and for y, and, again for x and for y, move in
+    [-(scale - 1) / 2, (scale - 1) / 2).
+    """
+    u = _rand(5, len(x), rng=rng)
+    angle = 3 * u[0] - 1.5
+    scale = 1 + 1.5 * u[1:3].T  # (N, 2)
+    move = (u[3:5].T - 0.5) * (scale - 1)  # (N, 2)
+    return affine(x, angle, scale, move)
+
+
+def transform_fixed(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """One affine map for all images: the authors' draw, by seed 42 of NumPy's old generator."""
+    return affine(x, angle=[-0.3764], scale=[[2.4261, 2.0980]], move=[[-0.1407, 0.3777]])
 
 
 def affine(x: torch.Tensor, angle, scale, move) -> torch.Tensor:
-    """Where a pixel comes from: centre + S R (place - centre) + move. Nearest, black outside.
+    """Each output pixel is the input pixel at the mapped place, or black outside of the image.
 
-    `angle` [N] in radians, R = ((cos, -sin), (sin, cos)) on (x, y), is anti-clockwise; `scale`
-    [N, 2] is S, larger numbers make smaller; `move` [N, 2] in pixels. Each may have N = 1, for all.
+        input = center + S R (output - center) + move, rounded to the nearest pixel,
+        R = [[cos(angle), -sin(angle)], [sin(angle), cos(angle)]], S = diag(scale), on (x, y)
+
+    Args:
+        x: Images [N, channels, H, W].
+        angle: [N] in radians. Positive angles turn the image anti-clockwise.
+        scale: [N, 2] for x and y. Larger values make the image smaller.
+        move: [N, 2] for x and y, in pixels.
+
+    The parameters may also have one row for all images.
     """
-    angle, scale, move = map(torch.as_tensor, (angle, scale, move))
+    angle = torch.as_tensor(angle, dtype=torch.float32)
+    scale = torch.as_tensor(scale, dtype=torch.float32)
+    move = torch.as_tensor(move, dtype=torch.float32)
     height, width = x.shape[2:]
-    centre = torch.tensor([width / 2, height / 2])
-    place = torch.cartesian_prod(torch.arange(height), torch.arange(width)).flip(1) - centre
+    center = torch.tensor([width / 2, height / 2], dtype=torch.float32)
+    row_and_column = torch.cartesian_prod(torch.arange(height), torch.arange(width))  # (H W, 2)
+    offset = row_and_column.flip(1) - center  # output - center, as (x, y)
 
     def mapped(chunk, angle, scale, move):
         cos, sin = angle.cos(), angle.sin()
-        rotation = torch.stack([cos, sin, -sin, cos], 1).view(-1, 2, 2)  # transposed
-        there = (place @ rotation) * scale[:, None] + centre + move[:, None]  # (N, H W, 2)
-        column, row = (there + 0.5).floor().long().unbind(2)
-        inside = (0 <= column) & (column < width) & (0 <= row) & (row < height)
-        index = (row * width + column).where(inside, 0)[:, None]  # (N, 1, H W)
+        transposed_rotation = torch.stack([cos, sin, -sin, cos], 1).view(-1, 2, 2)
+        scaled = (offset @ transposed_rotation) * scale[:, None]
+        place = scaled + center + move[:, None]  # (N, H W, 2)
+        column, row = (place + 0.5).floor().long().unbind(2)
+        is_inside = (0 <= column) & (column < width) & (0 <= row) & (row < height)
+        index = (row * width + column).where(is_inside, 0)[:, None]  # (N, 1, H W)
         pixels = chunk.flatten(2).gather(2, index.expand(*chunk.shape[:2], -1))
-        return pixels.where(inside[:, None], 0).view_as(chunk)
+        return pixels.where(is_inside[:, None], 0).view_as(chunk)
 
     if len(angle) == 1:
-        return _by_chunks(lambda chunk: mapped(chunk, angle, scale, move), x)
-    return _by_chunks(mapped, x, angle, scale, move)
+        return _map_chunks(lambda chunk: mapped(chunk, angle, scale, move), x)
+    return _map_chunks(mapped, x, angle, scale, move)
 
 
-def rotate(x: torch.Tensor, draw: torch.Generator, angle: float) -> torch.Tensor:
-    """All images turned anti-clockwise by `angle` radians, in a mirrored border of a quarter of the
-    side; of that the middle three quarters, at the old size."""
-    wide = _mirrored(x, [x.shape[2] // 4])
-    turned, cut = affine(wide, [angle], [[1.0, 1.0]], [[0.0, 0.0]]), wide.shape[2] // 8
-    return _resized(turned[:, :, cut:-cut, cut:-cut], x.shape[2])
+def rotate(x: torch.Tensor, rng: torch.Generator, angle: float) -> torch.Tensor:
+    """Turn all images anti-clockwise by `angle` radians.
+
+    A mirrored border of a quarter of the side is added first. After the rotation, the middle three
+    quarters of the larger image are resized to the old size.
+    """
+    side = x.shape[2]
+    padded = _with_mirrored_border(x, side // 4)
+    rotated = affine(padded, angle=[angle], scale=[[1, 1]], move=[[0, 0]])
+    cut = padded.shape[2] // 8
+    return _resized(rotated[:, :, cut:-cut, cut:-cut], side)
 
 
-def shrink(x: torch.Tensor, draw: torch.Generator, borders: Callable) -> torch.Tensor:
-    """The image in mirrored borders of `borders(side)` pixels, one by one; then at the old size."""
-    return _resized(_mirrored(x, borders(x.shape[2])), x.shape[2])
+def scaling_symmetric(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Add a mirrored border of 40 % of the side, and resize to the old size."""
+    side = x.shape[2]
+    return _resized(_with_mirrored_border(x, int(0.4 * side)), side)
 
 
-def _mirrored(x: torch.Tensor, borders: list[int]) -> torch.Tensor:
-    for border in borders:
-        place = torch.arange(-border, x.shape[2] + border) % (2 * x.shape[2])
-        place = place.minimum(2 * x.shape[2] - 1 - place)
-        x = x[:, :, place][..., place]
-    return x
+def scaling_stretch(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Add mirrored borders of 1, 2, 4, ... pixels one after the other, and resize to the old size.
+
+    At 224 pixels, the last border has 64. Each border also mirrors the ones before: near the
+    image, it looks stretched.
+    """
+    side = x.shape[2]
+    padded = x
+    border = 1
+    while border <= side * 2 / 7:
+        padded = _with_mirrored_border(padded, border)
+        border *= 2
+    return _resized(padded, side)
+
+
+def _with_mirrored_border(x: torch.Tensor, border: int) -> torch.Tensor:
+    """Mirror the image at its edges, which are repeated."""
+    x = torch.cat([x[:, :, :border].flip(2), x, x[:, :, -border:].flip(2)], 2)
+    return torch.cat([x[..., :border].flip(3), x, x[..., -border:].flip(3)], 3)
 
 
 def _resized(x: torch.Tensor, side: int) -> torch.Tensor:
-    """Square images at another size: bilinear, without antialiasing."""
-    return _by_chunks(partial(interpolate, size=(side, side), mode="bilinear"), x)
+    """Square images of another size: bilinear, without antialiasing."""
+    return _map_chunks(partial(interpolate, size=(side, side), mode="bilinear"), x)
 
 
-def yuv(x: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-    """Analogue Y, U and V in place of R, G and B. The negative halves of U and V are cut off."""
-    matrix = [[0.299, 0.587, 0.114], [-0.14714, -0.28887, 0.43601], [0.61498, -0.51497, -0.10001]]
-    return _by_chunks(lambda chunk: torch.einsum("oc,nchw->nohw", torch.tensor(matrix), chunk), x)
+def yuv(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Analogue Y, U and V in place of R, G and B: a linear map, clipped to 0...255.
+
+    Clipping removes the negative halves of U and V.
+    """
+    y = [0.299, 0.587, 0.114]
+    u = [-0.14714, -0.28887, 0.43601]
+    v = [0.61498, -0.51497, -0.10001]
+    matrix = torch.tensor([y, u, v], dtype=torch.float32)
+    return _map_chunks(lambda chunk: torch.einsum("oc,nchw->nohw", matrix, chunk), x)
 
 
-def hsv(x: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-    """Hue, saturation and value in place of R, G and B, each scaled to 0...255; grey has hue 0."""
+def hsv(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Hue, saturation and value in place of R, G and B, each from 0 to 255. The hue of grey is 0.
+
+    value = max(R, G, B), span = value - min(R, G, B), saturation = 255 span / value.
+    hue = 255 / 6 * ((G - B) / span mod 6) where R is the largest, (B - R) / span + 2 in place of
+    the fraction where G is, and (R - G) / span + 4 where B is.
+    """
 
     def converted(chunk):
         value, largest = chunk.max(1)
         span = value - chunk.amin(1)
         red, green, blue = chunk.unbind(1)
-        sixths = torch.stack([green - blue, blue - red, red - green], 1)
-        sixths = sixths.gather(1, largest[:, None])[:, 0] / span.clamp(min=1) + 2 * largest
+        differences = torch.stack([green - blue, blue - red, red - green], 1)
+        difference = differences.gather(1, largest[:, None])[:, 0]
+        sixths = difference / span.clamp(min=1) + 2 * largest
         hue = (sixths % 6 / 6 * 255).masked_fill(span == 0, 0)
-        return torch.stack([hue, span / value.clamp(min=1) * 255, value], 1)
+        saturation = span / value.clamp(min=1) * 255
+        return torch.stack([hue, saturation, value], 1)
 
-    return _by_chunks(converted, x)
+    return _map_chunks(converted, x)
 
 
-def _by_chunks(shift, x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-    """`shift` on float chunks of the images (all at once would need much memory), as uint8."""
-    chunks = zip(*(tensor.split(250) for tensor in (x, *parameters)))
-    return torch.cat(
-        [shift(chunk.float(), *rest).round_().clamp_(0, 255).byte() for chunk, *rest in chunks]
-    )
+def _map_chunks(function, x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+    """Apply a function to the images in float32, and round and clip the result to uint8.
+
+    The function takes a chunk of the images, and of each of the parameters, which have one row per
+    image. All images in float32 at once would need much memory.
+    """
+    chunk_size = 250
+    results = []
+    for start in range(0, len(x), chunk_size):
+        chunk = slice(start, start + chunk_size)
+        chunk_parameters = [parameter[chunk] for parameter in parameters]
+        result = function(x[chunk].float(), *chunk_parameters)
+        results.append(result.round().clamp(0, 255).byte())
+    return torch.cat(results)
+
+
+def _rand(*shape: int, rng: torch.Generator) -> torch.Tensor:
+    return torch.rand(shape, generator=rng, dtype=torch.float32)
+
+
+def _randn(*shape: int, rng: torch.Generator) -> torch.Tensor:
+    return torch.randn(shape, generator=rng, dtype=torch.float32)
 
 
 SHIFTS = {  # by source and target; sizes and strengths are those of the authors' code
@@ -272,10 +381,7 @@ SHIFTS = {  # by source and target; sizes and strengths are those of the authors
     ("mnist", "occluded"): occlude,
     ("mnist", "mnist-m"): photo_background,
     ("mnist", "transform-random"): transform_random,
-    # One map for all, which the authors drew with seed 42 of NumPy's legacy generator.
-    ("mnist", "transform-fixed"): lambda x, draw: affine(
-        x, angle=[-0.3764], scale=[[2.4261, 2.0980]], move=[[-0.1407, 0.3777]]
-    ),
+    ("mnist", "transform-fixed"): transform_fixed,
     ("cifar", "noisy"): partial(noise, sigma=30),
     ("cifar", "blurry"): partial(blur, taps=4, sigma=0.5),
     ("quickdraw", "noisy"): partial(noise, sigma=30),
@@ -283,30 +389,29 @@ SHIFTS = {  # by source and target; sizes and strengths are those of the authors
     ("ilsvrc", "yuv"): yuv,
     ("ilsvrc", "hsv"): hsv,
     ("ilsvrc", "rotation"): partial(rotate, angle=0.6),
-    ("ilsvrc", "scaling-symmetric"): partial(shrink, borders=lambda side: [int(side * 0.4)]),
-    ("ilsvrc", "scaling-stretch"): partial(  # 1, 2, 4, ... 64 pixels of 224: it looks stretched
-        shrink, borders=lambda side: [2**n for n in range(8) if 2**n <= side * 2 / 7]
-    ),
+    ("ilsvrc", "scaling-symmetric"): scaling_symmetric,
+    ("ilsvrc", "scaling-stretch"): scaling_stretch,
 }
 
 
 # ---------------------------------------------------------------- downloads
 
-TIMEOUT = 5  # seconds without an answer that end a download
-LEAST_RATE = 1000  # bytes a second, on average: less ends it, too
-MEND = "replace it, or delete the data set, which is then downloaded anew"
-MOST = 1 << 28  # bytes of a file, or of one in an archive; the largest, SVHN's, have 182 million
+TIMEOUT = 5  # seconds without an answer after which a download is given up
+MIN_BYTES_PER_SECOND = 1000  # so is a download that is slower than this on average
+MAX_BYTES = 1 << 28  # of a file, or of a file in an archive; the largest, SVHN's, have 182 million
+MAX_ARCHIVE_BYTES = 4 * MAX_BYTES
+REPLACE_HINT = "replace it, or delete the data set, which is then downloaded again"
 
 
 @dataclass(frozen=True)
 class Files:
     """A data set of single files."""
 
-    url: str | None  # None: it cannot be downloaded freely, and has to be put there
-    md5: dict[str, str | None]  # by the file's place in the folder of the data
-    first: int | None = None  # bytes of each file that are needed; None: all
+    url: str | None  # of the folder with the files; None: it cannot be downloaded freely
+    md5: dict[str, str | None]  # MD5, where one is known, by path in the folder of the data
+    num_bytes: int | None = None  # how much of each file is needed; None: all of it
 
-    def there(self, root: Path) -> bool:
+    def is_complete(self, root: Path) -> bool:
         return all(_unzipped(root / file).exists() for file in self.md5)
 
     def download(self, root: Path, report: Report) -> None:
@@ -314,23 +419,25 @@ class Files:
         for file, md5 in self.md5.items():
             path = root / file
             if not self.url:
-                what = "and cannot be downloaded freely: put ILSVRC2012's validation images there"
-                raise MissingError(f"{path} is missing, {what}, <wnid>/*.JPEG")
+                raise MissingError(
+                    f"{path} is missing, and cannot be downloaded freely: put ILSVRC2012's "
+                    "validation images there, <wnid>/*.JPEG"
+                )
             if not _unzipped(path).exists():
-                fetch(self.url + quote(path.name), path, md5, report, self.first)
+                fetch(self.url + quote(path.name), path, md5, report, self.num_bytes)
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A data set in a zip or tar.gz file."""
+    """A data set in a zip or tar.gz archive. Data sets of the same archive are unpacked together."""
 
     url: str
     md5: str | None
-    members: str  # its files in the archive: a pattern, whose group is the name in the folder
+    member_pattern: str  # of the data set's files in the archive; its group is the path in `folder`
     folder: str
-    count: int  # of these files
+    num_files: int
 
-    def there(self, root: Path) -> bool:
+    def is_complete(self, root: Path) -> bool:
         return (root / self.folder).exists()
 
     def download(self, root: Path, report: Report) -> None:
@@ -338,21 +445,38 @@ class Archive:
         path = root / f"{token_hex(4)}-{PurePosixPath(self.url).name}"
         fetch(self.url, path, self.md5, report, missing=root / self.folder)
         try:
-            for other in ORIGINS.values():
-                if other.url == self.url and not other.there(root):
+            for other in DATASETS.values():
+                if other.url == self.url and not other.is_complete(root):
                     _unpack(path, other, root / other.folder)
         finally:
             path.unlink()
 
 
 QUICKDRAW = ("airplane", "car", "bird", "cat", "dog", "frog", "horse", "cruise ship", "truck")
-QUICKDRAW_ROWS = 10000  # drawings used of each class
-# Domain: its folder, and the number of its images, persons included.
+QUICKDRAW_ROWS = 10000  # drawings of each class that are used
+# Domain: its folder, and its number of images, with those of the class "person".
 PACS = {"art": ("art_painting", 2048), "cartoon": ("cartoon", 2344), "sketch": ("sketch", 3929)}
-ORIGINS = {
+PACS_URL = (
+    "https://github.com/MachineLearning2020/Homework3-PACS/archive/"
+    "d586a6cf3db84896fb6cc465c7bf51bdaf6d65d8.zip"
+)
+
+
+def _pacs_archive(name: str) -> Archive:
+    folder, num_images = PACS[name]
+    return Archive(
+        url=PACS_URL,
+        md5=None,
+        member_pattern=rf".*/{folder}/(\w+/[\w-]+\.(?:jpg|png))",
+        folder=f"pacs/{folder}",
+        num_files=num_images,
+    )
+
+
+DATASETS = {
     "mnist": Files(
-        "https://ossci-datasets.s3.amazonaws.com/mnist/",
-        {
+        url="https://ossci-datasets.s3.amazonaws.com/mnist/",
+        md5={
             "mnist/train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
             "mnist/train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
             "mnist/t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
@@ -360,241 +484,282 @@ ORIGINS = {
         },
     ),
     "svhn": Files(
-        "http://ufldl.stanford.edu/housenumbers/",
-        {
+        url="http://ufldl.stanford.edu/housenumbers/",
+        md5={
             "svhn/train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373",
             "svhn/test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3",
         },
     ),
-    "quickdraw": Files(
-        "https://storage.googleapis.com/quickdraw_dataset/full/numpy_bitmap/",
-        {f"quickdraw/{name}.npy": None for name in QUICKDRAW},
-        first=QUICKDRAW_ROWS * 784 + 1024,  # with the header
-    ),
-    "inception2": Files(
-        "https://github.com/taehoonlee/deep-learning-models/releases/download/inception/",
-        {"inception2.npz": "0476b876a5d35a99e2747f98248d856d"},
-    ),
     "cifar": Archive(
-        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-        "c32a1d4ab5d03f1284b67883e8d87530",
-        r"cifar-10-batches-bin/(\w+\.bin)",
-        "cifar-10-batches-bin",
-        6,
+        url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+        md5="c32a1d4ab5d03f1284b67883e8d87530",
+        member_pattern=r"cifar-10-batches-bin/(\w+\.bin)",
+        folder="cifar-10-batches-bin",
+        num_files=6,
+    ),
+    "quickdraw": Files(
+        url="https://storage.googleapis.com/quickdraw_dataset/full/numpy_bitmap/",
+        md5={f"quickdraw/{name}.npy": None for name in QUICKDRAW},
+        num_bytes=QUICKDRAW_ROWS * 784 + 1024,  # with the header
     ),
     "bsds500": Archive(
-        "http://www.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/BSR/BSR_bsds500.tgz",
-        None,
-        r"BSR/BSDS500/data/images/train/(\w+\.jpg)",
-        "bsds500",
-        200,
+        url="http://www.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/BSR/BSR_bsds500.tgz",
+        md5=None,
+        member_pattern=r"BSR/BSDS500/data/images/train/(\w+\.jpg)",
+        folder="bsds500",
+        num_files=200,
     ),
-    "ilsvrc": Files(None, {"ilsvrc/val": None}),
-} | {
-    name: Archive(
-        "https://github.com/MachineLearning2020/Homework3-PACS/archive/"
-        "d586a6cf3db84896fb6cc465c7bf51bdaf6d65d8.zip",
-        None,
-        rf".*/{folder}/(\w+/[\w-]+\.(?:jpg|png))",
-        f"pacs/{folder}",
-        count,
-    )
-    for name, (folder, count) in PACS.items()
+    "ilsvrc": Files(url=None, md5={"ilsvrc/val": None}),
+    "inception2": Files(
+        url="https://github.com/taehoonlee/deep-learning-models/releases/download/inception/",
+        md5={"inception2.npz": "0476b876a5d35a99e2747f98248d856d"},
+    ),
+    "art": _pacs_archive("art"),
+    "cartoon": _pacs_archive("cartoon"),
+    "sketch": _pacs_archive("sketch"),
 }
 
 
 def _unzipped(path: Path) -> Path:
-    """The file without its .gz, where that is there instead."""
-    plain = path.with_suffix("") if path.suffix == ".gz" else path
-    return plain if plain.exists() else path
+    """The path without .gz, if the unpacked file is there instead."""
+    if path.suffix == ".gz" and path.with_suffix("").exists():
+        return path.with_suffix("")
+    return path
 
 
-def fetch(url: str, path: Path, md5, report: Report, first=None, missing=None) -> Path:
-    """Download `url`, or its `first` bytes, to `path`, which is there only when whole.
+def fetch(
+    url: str,
+    path: Path,
+    md5: str | None,
+    report: Report,
+    num_bytes: int | None = None,
+    missing: Path | None = None,
+) -> Path:
+    """Download `url`, or its first `num_bytes` bytes, to `path`, which exists only when complete.
 
-    Raises MissingError, which names `path`, or what else is `missing`.
+    Raises MissingError, which says that `missing` (by default, `path`) is missing.
     """
-    part, start = path.with_name(f"{path.name}.{token_hex(4)}.part"), time.monotonic()
-    digest = hashlib.md5(usedforsecurity=False)
+    part = path.with_name(f"{path.name}.{token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        headers = {"Range": f"bytes=0-{first - 1}"} if first else {}
-        request = urllib.request.Request(url, headers=headers)
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer, open(part, "wb") as file:
-            total = int(answer.headers.get("Content-Length") or 0)
-            most = first or 4 * MOST  # `first`: where the server knows no ranges
-            while chunk := answer.read1(min(1 << 18, most - file.tell())):
-                file.write(chunk)
-                digest.update(chunk)
-                done = file.tell()
-                report(f"downloading {path.name}, {done >> 20} of {min(total, most) >> 20} MiB")
-                if time.monotonic() - start > TIMEOUT + done / LEAST_RATE:
-                    raise OSError("it is too slow")
-            if file.tell() < min(total, most) or file.tell() == 4 * MOST:
-                raise OSError(f"it ended after {file.tell()} of {total} bytes")
-        if md5 and digest.hexdigest() != md5:
+        digest = _download(url, part, path.name, report, num_bytes)
+        if md5 and digest != md5:
             raise OSError(f"its MD5 is not {md5}")
         return part.replace(path)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = f"downloading {url} failed ({_line(error)})"
+        reason = f"downloading {url} failed ({_one_line(error)})"
         raise MissingError(f"{missing or path} is missing, and {reason}: put it there") from error
     finally:
         part.unlink(missing_ok=True)
 
 
+def _download(url: str, part: Path, name: str, report: Report, num_bytes: int | None) -> str:
+    """Write what the server sends to `part`, and return its MD5."""
+    request = urllib.request.Request(url)
+    if num_bytes:
+        request.add_header("Range", f"bytes=0-{num_bytes - 1}")
+    limit = num_bytes or MAX_ARCHIVE_BYTES  # some servers ignore the range, and send everything
+    digest = hashlib.md5(usedforsecurity=False)
+    received = 0
+    start = time.monotonic()
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response, open(part, "wb") as file:
+        total = int(response.headers.get("Content-Length") or 0)
+        expected = min(total, limit)
+        while True:
+            chunk = response.read1(min(1 << 18, limit - received))
+            if not chunk:
+                break
+            file.write(chunk)
+            digest.update(chunk)
+            received += len(chunk)
+            report(f"downloading {name}, {received >> 20} of {expected >> 20} MiB")
+            if time.monotonic() - start > TIMEOUT + received / MIN_BYTES_PER_SECOND:
+                raise OSError("it is too slow")
+    if received < expected or received == MAX_ARCHIVE_BYTES:
+        raise OSError(f"it ended after {received} of {total} bytes")
+    return digest.hexdigest()
+
+
 def _unpack(path: Path, archive: Archive, folder: Path) -> None:
-    """The archive's members to `folder`, which is there only when whole. Raises MissingError."""
-    part, found = folder.with_name(f"{folder.name}.{token_hex(4)}.part"), set()
+    """Unpack the files of a data set to `folder`, which exists only when complete.
+
+    Raises MissingError.
+    """
+    part = folder.with_name(f"{folder.name}.{token_hex(4)}.part")
+    names = set()
     try:
         part.mkdir(parents=True)
-        for name, content in _members(path):
-            match = re.fullmatch(archive.members, name)
-            if match:  # no name that it finds climbs out of a folder
-                found.add(match[1])
-                if len(found) > archive.count:
-                    raise ValueError("it has more files than it should")
-                (part / match[1]).parent.mkdir(exist_ok=True)
-                (part / match[1]).write_bytes(_Bounded(content).read())
-        if len(found) != archive.count:
-            raise ValueError(f"it has {len(found)} of {archive.count} files")
-        if not folder.exists():  # else another process was faster
+        for member_name, file in _members(path):
+            match = re.fullmatch(archive.member_pattern, member_name)
+            if not match:
+                continue
+            name = match[1]  # the patterns allow no "..", so it is inside of the folder
+            names.add(name)
+            if len(names) > archive.num_files:
+                raise ValueError("it has more files than it should")
+            (part / name).parent.mkdir(exist_ok=True)
+            (part / name).write_bytes(_SizeLimited(file).read())
+        if len(names) != archive.num_files:
+            raise ValueError(f"it has {len(names)} of {archive.num_files} files")
+        if not folder.exists():  # another process may have been faster
             part.rename(folder)
-    except Exception as error:
-        reason = f"unpacking {archive.url} failed ({_line(error)})"
+    except Exception as error:  # a broken archive may raise anything
+        reason = f"unpacking {archive.url} failed ({_one_line(error)})"
         raise MissingError(f"{folder} is missing, and {reason}: fill it") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
 def _members(path: Path) -> Iterator[tuple[str, BinaryIO]]:
-    """The names of the files in a zip or tar.gz archive, and each opened."""
+    """The name of each file in a zip or tar.gz archive, and the file, opened."""
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as file:
-            for member in file.infolist():
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
                 if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    raise ValueError("it is compressed in a way that knows no bounds")
-                yield member.filename, file.open(member)
+                    raise ValueError("its compression is not supported")
+                yield member.filename, archive.open(member)
     else:
-        with gzip.open(path) as file, tarfile.open(fileobj=_Bounded(file), mode="r|") as tar:
-            yield from ((member.name, tar.extractfile(member)) for member in tar if member.isfile())
-            _Bounded(file).read()  # to the end, where its checksum is
+        with gzip.open(path) as file:
+            with tarfile.open(fileobj=_SizeLimited(file), mode="r|") as archive:
+                for member in archive:
+                    if member.isfile():
+                        yield member.name, archive.extractfile(member)
+            _SizeLimited(file).read()  # to the end, where gzip's checksum is
 
 
 # ---------------------------------------------------------------- readers
 
 
-class _Bounded:
-    """A file that cannot fill the memory, whatever it says of its size or unpacks to."""
+class _SizeLimited:
+    """A file of which a single read cannot fill the memory, however much it unpacks to."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
 
-    def read(self, size: int = MOST + 1) -> bytes:
-        content = self.file.read(min(size, MOST + 1))
-        if len(content) > MOST:
-            raise ValueError(f"it has more than {MOST} bytes")
+    def read(self, size: int = MAX_BYTES + 1) -> bytes:
+        content = self.file.read(min(size, MAX_BYTES + 1))
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES} bytes")
         return content
 
 
-def strict(read):
-    """A reader of files, made of one of bytes. Whatever goes wrong is a DataError."""
+def _file_reader(parse):
+    """Decorator: make a function of a file's bytes a function of its path.
 
-    @wraps(read)
-    def reader(path: Path):
+    Files that end in .gz are unpacked. Whatever goes wrong becomes a DataError.
+    """
+
+    @wraps(parse)
+    def read(path: Path):
         try:
             if path.exists() and not path.is_file():
-                raise ValueError("it is no file")  # a pipe would be waited for
+                raise ValueError("it is no file")  # reading a pipe could wait forever
             with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-                return read(_Bounded(file).read())
-        except Exception as error:
-            raise DataError(f"{path} cannot be read ({_line(error)}): {MEND}") from error
+                return parse(_SizeLimited(file).read())
+        except Exception as error:  # a broken file may raise anything
+            raise DataError(
+                f"{path} cannot be read ({_one_line(error)}): {REPLACE_HINT}"
+            ) from error
 
-    return reader
+    return read
 
 
-@strict
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@_file_reader
 def read_idx(content: bytes) -> torch.Tensor:
     """The uint8 array of an IDX file."""
     if content[:3] != b"\0\0\x08":
         raise ValueError("it is not an IDX file of bytes")
-    start = 4 + 4 * content[3]
+    num_dimensions = content[3]
+    start = 4 + 4 * num_dimensions
     shape = np.frombuffer(content[4:start], ">u4")
     return torch.from_numpy(np.frombuffer(content[start:], np.uint8).reshape(shape).copy())
 
 
-CIFAR_RECORDS = 10000  # in each file
+CIFAR_RECORDS = 10000  # images in a file
 
 
-@strict
+@_file_reader
 def read_cifar(content: bytes) -> Data:
-    """Images [N, 3, 32, 32] and labels of CIFAR-10's binary format."""
+    """Images [N, 3, 32, 32] and labels [N] of CIFAR-10's binary format."""
     records = torch.from_numpy(np.frombuffer(content, np.uint8).copy()).view(-1, 3073)
-    if len(records) != CIFAR_RECORDS or records[:, 0].max() > 9:
+    labels = records[:, 0]
+    if len(records) != CIFAR_RECORDS or labels.max() > 9:
         raise ValueError(f"it is not {CIFAR_RECORDS} images of CIFAR-10")
-    return records[:, 1:].unflatten(1, (3, 32, 32)), records[:, 0].long()
+    return records[:, 1:].unflatten(1, (3, 32, 32)), labels.long()
 
 
-@strict
+@_file_reader
 def read_drawings(content: bytes) -> np.ndarray:
-    """The first rows [n, 784] of a .npy file of QuickDraw, of which there may be no more."""
+    """The first drawings, uint8 [N, 784], of one of QuickDraw's .npy files.
+
+    Of the file, only the beginning may be there.
+    """
     file = io.BytesIO(content)
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("it is not a .npy file of version 1.0")
-    shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
-    if dtype != np.uint8 or columns_first or shape[1:] != (784,):
+    shape, is_fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype != np.uint8 or is_fortran_order or shape[1:] != (784,):
         raise ValueError(f"it holds {dtype} {shape}, not uint8 (N, 784)")
     if len(content) - file.tell() > shape[0] * 784:
         raise ValueError("it is longer than it says")
-    rows = min(shape[0], QUICKDRAW_ROWS)
-    return np.frombuffer(file.read(rows * 784), np.uint8).reshape(rows, 784)
+    num_rows = min(shape[0], QUICKDRAW_ROWS)
+    return np.frombuffer(file.read(num_rows * 784), np.uint8).reshape(num_rows, 784)
 
 
-MAT_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8"}
+MAT_DTYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8"}
 MAT_COMPRESSED = 15
 
 
-@strict
+@_file_reader
 def read_mat(content: bytes) -> dict[str, np.ndarray]:
     """The first two real arrays of a little-endian MATLAB-5 file, by name."""
     if content[126:128] != b"IM":
         raise ValueError("it is not a little-endian MATLAB-5 file")
     arrays = {}
-    for kind, element in islice(_elements(content[128:]), 2):
+    for kind, element in islice(_mat_elements(content[128:]), 2):
         if kind == MAT_COMPRESSED:
-            element = zlib.decompressobj().decompress(element, MOST)
-            ((kind, element),) = _elements(element)
-        _, (_, shape), (_, name), (kind, values) = islice(_elements(element), 4)
-        values = np.frombuffer(values, MAT_TYPES[kind])
+            unpacked = zlib.decompressobj().decompress(element, MAX_BYTES)
+            ((kind, element),) = _mat_elements(unpacked)
+        # An array consists of its flags, shape, name and values.
+        _, (_, shape), (_, name), (value_kind, values) = islice(_mat_elements(element), 4)
+        values = np.frombuffer(values, MAT_DTYPES[value_kind])
         arrays[name.decode()] = values.reshape(np.frombuffer(shape, "<u4"), order="F")
     return arrays
 
 
-def _elements(content: bytes) -> Iterator[tuple[int, bytes]]:
+def _mat_elements(content: bytes) -> Iterator[tuple[int, bytes]]:
     """The type and the content of each data element."""
-    at = 0
-    while at < len(content):
-        kind, size = struct.unpack_from("<II", content, at)
-        start = at + 8
-        if kind > 0xFFFF:  # a small one: its size is in the upper half, its content comes at once
-            kind, size, start = kind & 0xFFFF, kind >> 16, at + 4
-        if start + size > len(content):
+    position = 0
+    while position < len(content):
+        kind, size = struct.unpack_from("<II", content, position)
+        start = position + 8
+        if kind > 0xFFFF:  # a small element: the upper half is its size, and the content follows
+            size = kind >> 16
+            kind = kind & 0xFFFF
+            start = position + 4
+        end = start + size
+        if end > len(content):
             raise ValueError("it ends early")
-        yield kind, content[start : start + size]
-        at = start + size
+        yield kind, content[start:end]
+        position = end
         if kind != MAT_COMPRESSED:
-            at += -at % 8
+            position += -position % 8  # the others are padded to eight bytes
 
 
-LARGEST_IMAGE = 1 << 25  # pixels
+MAX_PIXELS = 1 << 25
 
 
-@strict
+@_file_reader
 def read_image(content: bytes) -> torch.Tensor:
-    """An RGB image [3, H, W] of a JPEG or PNG file; what is transparent is laid on white."""
+    """An RGB image, uint8 [3, H, W], of a JPEG or PNG file. Transparency is drawn on white."""
     pillow = _pillow()
-    pillow.open(io.BytesIO(content), formats=("JPEG", "PNG")).verify()  # checksums of a PNG
+    pillow.open(io.BytesIO(content), formats=("JPEG", "PNG")).verify()  # checks a PNG's checksums
     with pillow.open(io.BytesIO(content), formats=("JPEG", "PNG")) as file:
-        if math.prod(file.size) > LARGEST_IMAGE:
+        if math.prod(file.size) > MAX_PIXELS:
             raise ValueError(f"it has {file.size} pixels")
         if file.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK"):
             raise ValueError(f"its colours are of mode {file.mode}: save it with 8 bits")
@@ -618,149 +783,221 @@ def _pillow():
 
 @cache
 def _mnist(root: Path) -> dict[str, Data]:
-    """MNIST: the first 5,000 training images for validation, 25,000 for the source, 30,000 pool."""
-    x, y, *test = (read_idx(_unzipped(root / file)) for file in ORIGINS["mnist"].md5)
-    for images, labels in ((x, y), test):
-        shapes = images.shape[1:] == (28, 28) and labels.shape == images.shape[:1]
-        if not shapes or len(labels) < 60 or labels.max() > 9:
-            raise DataError(f"{root / 'mnist'}: the files are not MNIST's: delete them")
-    val, x, y, test_x, test_y = len(y) * 5 // 60, x[:, None], y.long(), test[0][:, None], test[1]
-    parts = _parts((x[val:], y[val:]), "mnist", source=25, pool=30)
-    return parts | {"val": (x[:val], y[:val]), "test": (test_x, test_y.long())}
+    """The first 5,000 training images are "val", then 25,000 random ones "source", 30,000 "pool"."""
+    train_images, train_labels, test_images, test_labels = DATASETS["mnist"].md5
+    images, labels = _digits(root, train_images, train_labels)
+    num_val = len(labels) * 5 // 60
+    rest = images[num_val:], labels[num_val:]
+    splits = _random_split(rest, "mnist", source=25, pool=30)
+    splits["val"] = images[:num_val], labels[:num_val]
+    splits["test"] = _digits(root, test_images, test_labels)
+    return splits
+
+
+def _digits(root: Path, images_file: str, labels_file: str) -> Data:
+    images = read_idx(_unzipped(root / images_file))
+    labels = read_idx(_unzipped(root / labels_file))
+    has_shapes = images.shape[1:] == (28, 28) and labels.shape == images.shape[:1]
+    if not has_shapes or len(labels) < 60 or labels.max() > 9:
+        raise DataError(f"{root / 'mnist'}: the files are not MNIST's: delete them")
+    return images[:, None], labels.long()
 
 
 @cache
 def _svhn(root: Path) -> dict[str, Data]:
-    """SVHN: of its 73,257 training images the first 10,000 for validation, all others pool."""
-    (x, y), test = (_house_numbers(root / file) for file in ORIGINS["svhn"].md5)
-    first = len(y) * 10000 // 73257
-    return {"pool": (x[first:], y[first:]), "val": (x[:first], y[:first]), "test": test}
+    """The first 10,000 of the 73,257 training images are "val", all others "pool"."""
+    train_file, test_file = DATASETS["svhn"].md5
+    images, labels = _house_numbers(root / train_file)
+    num_val = len(labels) * 10000 // 73257
+    return {
+        "pool": (images[num_val:], labels[num_val:]),
+        "val": (images[:num_val], labels[:num_val]),
+        "test": _house_numbers(root / test_file),
+    }
 
 
 def _house_numbers(path: Path) -> Data:
     arrays = read_mat(path)
-    x, y = (arrays.get(name, np.empty(0)) for name in "Xy")  # x [32, 32, 3, N], y [N, 1]
-    shapes = x.shape == (32, 32, 3, len(y)) and y.shape == (len(y), 1)
-    if x.dtype != np.uint8 or not shapes or len(y) < 60 or not np.isin(y, range(1, 11)).all():
-        raise DataError(f"{path} does not hold images and labels of SVHN: {MEND}")
-    x = torch.from_numpy(np.ascontiguousarray(x.transpose(3, 2, 0, 1)))
-    return x, torch.from_numpy(y[:, 0].astype(np.int64)) % 10  # a zero has label 10
+    images = arrays.get("X", np.empty(0))  # (32, 32, 3, N)
+    labels = arrays.get("y", np.empty(0))  # (N, 1)
+    has_shapes = images.shape == (32, 32, 3, len(labels)) and labels.shape == (len(labels), 1)
+    has_labels = len(labels) >= 60 and np.isin(labels, range(1, 11)).all()
+    if images.dtype != np.uint8 or not has_shapes or not has_labels:
+        raise DataError(f"{path} does not hold images and labels of SVHN: {REPLACE_HINT}")
+    images = np.ascontiguousarray(images.transpose(3, 2, 0, 1))
+    labels = labels[:, 0].astype(np.int64) % 10  # the label of zero is 10
+    return torch.from_numpy(images), torch.from_numpy(labels)
 
 
 @cache
 def _cifar(root: Path) -> dict[str, Data]:
-    """CIFAR-10 without deer: batches 1 and 2 for the source, 3 and 4 as pool, 5 for validation."""
-    folder, deer, splits = root / "cifar-10-batches-bin", 4, {}
-    batches = {"source": (1, 2), "pool": (3, 4), "val": (5,)}
-    files = {split: [f"data_batch_{n}.bin" for n in numbers] for split, numbers in batches.items()}
-    for split, names in (files | {"test": ["test_batch.bin"]}).items():
-        x, y = (torch.cat(part) for part in zip(*(read_cifar(folder / name) for name in names)))
-        splits[split] = x[y != deer], (y - (y > deer).long())[y != deer]
+    """CIFAR-10 without deer. Training batches 1, 2 are "source", 3, 4 "pool", 5 "val"."""
+    files = {
+        "source": ["data_batch_1.bin", "data_batch_2.bin"],
+        "pool": ["data_batch_3.bin", "data_batch_4.bin"],
+        "val": ["data_batch_5.bin"],
+        "test": ["test_batch.bin"],
+    }
+    deer = 4
+    splits = {}
+    for split, names in files.items():
+        batches = [read_cifar(root / "cifar-10-batches-bin" / name) for name in names]
+        images = torch.cat([batch_images for batch_images, _ in batches])
+        labels = torch.cat([batch_labels for _, batch_labels in batches])
+        is_kept = labels != deer
+        labels = labels - (labels > deer).long()  # without a gap
+        splits[split] = images[is_kept], labels[is_kept]
     return splits
 
 
 @cache
 def _quickdraw(root: Path) -> dict[str, Data]:
-    """QuickDraw, dark on white [N, 1, 28, 28], all classes shuffled together: of 90,000 drawings
-    35,000 for the source, 30,000 pool, 5,000 to validate, 15,000 to test."""
-    drawings = [255 - read_drawings(root / file) for file in ORIGINS["quickdraw"].md5]
-    y = torch.arange(len(drawings)).repeat_interleave(torch.tensor([*map(len, drawings)]))
-    x = torch.from_numpy(np.concatenate(drawings)).view(-1, 1, 28, 28)
-    return _parts((x, y), "quickdraw", source=35, pool=30, val=5, test=15, unused=5)
+    """The first 10,000 drawings of each class, dark on white [N, 1, 28, 28], shuffled together.
+
+    Of these 90,000, 35,000 are "source", 30,000 "pool", 5,000 "val" and 15,000 "test".
+    """
+    drawings = [255 - read_drawings(root / file) for file in DATASETS["quickdraw"].md5]
+    images = torch.from_numpy(np.concatenate(drawings)).view(-1, 1, 28, 28)
+    num_drawings = torch.tensor([len(class_drawings) for class_drawings in drawings])
+    labels = torch.arange(len(drawings)).repeat_interleave(num_drawings)
+    shares = {"source": 35, "pool": 30, "val": 5, "test": 15, "unused": 5}
+    splits = _random_split((images, labels), "quickdraw", **shares)
+    del splits["unused"]
+    return splits
 
 
-def _parts(data: Data, name: str, **shares: int) -> dict[str, Data]:
-    """Splits of the images, shuffled, with sizes in proportion to the shares."""
-    x, y = data
-    *cuts, _ = (len(y) * n // sum(shares.values()) for n in accumulate(shares.values()))
-    order = torch.randperm(len(y), generator=_generator(name))
-    parts = order.tensor_split(cuts)
-    if not all(map(len, parts)):
-        raise DataError(f"{name}: {len(y)} images are too few for its splits")
-    return {split: (x[part], y[part]) for split, part in zip(shares, parts) if split != "unused"}
+def _random_split(data: Data, name: str, **shares: int) -> dict[str, Data]:
+    """Shuffle the images, and divide them into splits with sizes in proportion to the shares."""
+    images, labels = data
+    order = torch.randperm(len(labels), generator=_generator(name))
+    splits = {}
+    start = 0
+    cumulative_share = 0
+    for split, share in shares.items():
+        cumulative_share += share
+        end = len(labels) * cumulative_share // sum(shares.values())
+        if end == start:
+            raise DataError(f"{name}: {len(labels)} images are too few for its splits")
+        splits[split] = images[order[start:end]], labels[order[start:end]]
+        start = end
+    return splits
 
 
 SIDE = 224  # pixels of an image of ILSVRC and of PACS
-PACS_CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house")  # person is left out
+PACS_CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house")  # without "person"
 
 
 def _ilsvrc(root: Path, report: Report, shift: Callable) -> dict[str, Data]:
-    """ILSVRC2012's validation images, shuffled together: 25,000 pool, 5,000 to validate, 20,000 to
-    test. The shorter side to 256 pixels, of that the middle 224."""
+    """ILSVRC2012's validation images, shuffled: 25,000 "pool", 5,000 "val", 20,000 "test".
+
+    The shorter side is resized to 256 pixels, and of that the middle 224 x 224 pixels are taken.
+    """
     folder = root / "ilsvrc" / "val"
     classes = sorted(path.name for path in folder.glob("*") if path.is_dir())
     if len(classes) != 1000 or not all(re.fullmatch(r"n\d{8}", name) for name in classes):
         found = f"{len(classes)}, the first {classes[:1]}"
         raise DataError(f"{folder} should have 1000 folders named by WordNet id, not {found}")
-    paths, y = _image_folder(folder, classes)
-    parts = _parts((torch.arange(len(y)), y), "ilsvrc", pool=25, val=5, test=20)
-    return _read_images(parts, paths, 224 / 256, report, shift)
+    paths, labels = _image_folder(folder, classes)
+    indices = torch.arange(len(labels))
+    splits = _random_split((indices, labels), "ilsvrc", pool=25, val=5, test=20)
+    return _read_images(paths, splits, report, shift, crop=224 / 256)
 
 
 def _pacs(name: str, root: Path, report: Report, shift: Callable) -> dict[str, Data]:
-    """A domain of PACS: within each class 70 % as pool, 10 % to validate, 20 % to test."""
-    paths, y = _image_folder(root / ORIGINS[name].folder, PACS_CLASSES)
-    classes = [(y == label).nonzero()[:, 0] for label in range(len(PACS_CLASSES))]
-    each = [_parts((n, y[n]), f"{name} {y[n[0]]}", pool=7, val=1, test=2) for n in classes]
-    parts = {split: [*map(torch.cat, zip(*(one[split] for one in each)))] for split in each[0]}
-    return _read_images(parts, paths, None, report, shift)
+    """A domain of PACS, split within each class: 70 % "pool", 10 % "val", 20 % "test"."""
+    paths, labels = _image_folder(root / DATASETS[name].folder, PACS_CLASSES)
+    splits_of_class = []
+    for label in range(len(PACS_CLASSES)):
+        indices = (labels == label).nonzero()[:, 0]
+        data = indices, labels[indices]
+        splits_of_class.append(_random_split(data, f"{name} {label}", pool=7, val=1, test=2))
+
+    splits = {}
+    for split in ("pool", "val", "test"):
+        indices = torch.cat([class_splits[split][0] for class_splits in splits_of_class])
+        splits[split] = indices, labels[indices]
+    return _read_images(paths, splits, report, shift)
 
 
 def _image_folder(folder: Path, classes) -> tuple[list[Path], torch.Tensor]:
-    """The images of each class, folder/class/*, whatever their case, and their labels."""
-    there, paths, labels = {path.name.lower(): path for path in folder.glob("*")}, [], []
+    """The paths of all images, folder/class/*, and their labels. The case of names is ignored."""
+    class_folders = {path.name.lower(): path for path in folder.glob("*")}
+    paths = []
+    labels = []
     for label, name in enumerate(classes):
-        found = there[name.lower()].glob("*") if name.lower() in there else ()
-        found = [path for path in found if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
-        if len(found) < 10:  # a split of the class would be empty
-            few = f"{folder / name} has {len(found)} images"
-            raise DataError(f"{few}: put 10 or more there, or delete {folder}")
-        paths += sorted(found)
-        labels += [label] * len(found)
+        class_paths = []
+        if name.lower() in class_folders:
+            for path in sorted(class_folders[name.lower()].glob("*")):
+                if path.suffix.lower() in (".jpg", ".jpeg", ".png"):
+                    class_paths.append(path)
+        if len(class_paths) < 10:  # a split of the class would be empty
+            problem = f"{folder / name} has {len(class_paths)} images"
+            raise DataError(f"{problem}: put 10 or more there, or delete {folder}")
+        paths += class_paths
+        labels += [label] * len(class_paths)
     return paths, torch.tensor(labels)
 
 
-def _read_images(parts, paths: list[Path], crop: float | None, report: Report, shift: Callable):
-    """A domain of images, of `parts` that have numbers of paths in their place.
+def _read_images(
+    paths: list[Path],
+    splits: dict[str, Data],
+    report: Report,
+    shift: Callable,
+    crop: float | None = None,
+) -> dict[str, Data]:
+    """Read, crop, resize and shift images: shifting them later would need a second copy of all.
 
-    Whole images, or with a `crop` the middle square, `crop` times as large as the shorter side, are
-    brought to 224 x 224 pixels and shifted while they are read.
+    `splits` has indices into `paths` in the place of images. `crop` is the side of a central square
+    relative to the shorter side of an image. Without it, the whole image is resized.
     """
 
-    def read(number):
-        x = read_image(paths[number])
-        if crop:
-            side = round(min(x.shape[1:]) * crop)
-            top, left = ((length - side) // 2 for length in x.shape[1:])
-            x = x[:, top : top + side, left : left + side]
-        return _resized(x[None], SIDE)
+    def read(index):
+        image = read_image(paths[index])
+        if crop is not None:
+            image = _center_crop(image, side=round(min(image.shape[1:]) * crop))
+        return _resized(image[None], SIDE)
 
     domain = {}
     with ThreadPoolExecutor() as pool:
-        for split, (numbers, y) in parts.items():
-            x = torch.empty(len(y), 3, SIDE, SIDE, dtype=torch.uint8)
-            for start in range(0, len(y), 256):
-                part = slice(start, start + 256)
-                x[part] = shift(torch.cat([*pool.map(read, numbers[part])]))
-                report(f"reading images of the {split} split, {start} of {len(y)}")
-            domain[split] = x, y
+        for split, (indices, labels) in splits.items():
+            images = torch.empty(len(labels), 3, SIDE, SIDE, dtype=torch.uint8)
+            for start in range(0, len(labels), 256):
+                batch = slice(start, start + 256)
+                resized = torch.cat(list(pool.map(read, indices[batch])))
+                images[batch] = shift(resized, None)  # these shifts draw no random numbers
+                report(f"reading images of the {split} split, {start} of {len(labels)}")
+            domain[split] = images, labels
     return domain
+
+
+def _center_crop(image: torch.Tensor, side: int) -> torch.Tensor:
+    """The central square [3, side, side] of an image [3, H, W]."""
+    height, width = image.shape[1:]
+    top = (height - side) // 2
+    left = (width - side) // 2
+    return image[:, top : top + side, left : left + side]
 
 
 @cache
 def _photos(root: Path) -> list[torch.Tensor]:
-    """The training photos of BSDS500: uint8 [3, h, w] each."""
+    """The training photos of BSDS500, each uint8 [3, h, w]."""
     photos = [read_image(path) for path in sorted((root / "bsds500").glob("*.jpg"))]
     if not photos or min(min(photo.shape[1:]) for photo in photos) < 28:
-        raise DataError(f"{root / 'bsds500'} has no .jpg, or one smaller than 28 x 28: {MEND}")
+        folder = root / "bsds500"
+        raise DataError(f"{folder} has no .jpg, or one smaller than 28 x 28: {REPLACE_HINT}")
     return photos
 
 
-# ---------------------------------------------------------------- built-in data
-#
-# Procedural stand-ins, so that everything runs without a file. They are not the paper's data.
+REAL_DOMAINS = {"mnist": _mnist, "svhn": _svhn, "cifar": _cifar, "quickdraw": _quickdraw}
 
-STROKES = [  # the digits 0 to 9, each one stroke through points (x, y) of a 10 x 10 grid
+
+# ---------------------------------------------------------------- built-in domains
+#
+# Images that are drawn by a program, so that everything runs without a file. They stand in for the
+# data sets of the paper. They do not look like them, and results on them do not compare with the
+# paper's.
+
+STROKES = [  # the digits 0 to 9, each one stroke through points (x, y) on a grid of 10 x 10
     [(5, 1), (7.5, 3), (7.5, 7), (5, 9), (2.5, 7), (2.5, 3), (5, 1)],
     [(3, 3), (5, 1), (5, 9)],
     [(2, 3), (4, 1), (7, 1.5), (7.5, 4), (2, 9), (8, 9)],
@@ -774,177 +1011,308 @@ STROKES = [  # the digits 0 to 9, each one stroke through points (x, y) of a 10 
 ]
 
 
-def draw_digits(count: int, draw: torch.Generator) -> Data:
-    """`count` images [count, 1, 28, 28] of digits in light strokes on black, and their classes.
+def draw_digits(num_images: int, rng: torch.Generator) -> Data:
+    """Digits in light strokes on black [N, 1, 28, 28], and their classes.
 
-    Drawn for each: the points of its stroke, and its rotation, slant, size, place and width.
+    Random in each image: the points of the stroke, rotation, slant, size, place and stroke width.
     """
-    x = torch.empty(count, 1, 28, 28, dtype=torch.uint8)
-    y = torch.arange(count) % len(STROKES)
-    pixels = torch.arange(28)[:, None] - 13.5  # (28, 1), from the centre
+    images = torch.empty(num_images, 1, 28, 28, dtype=torch.uint8)
+    labels = torch.arange(num_images) % len(STROKES)
+    pixels = torch.arange(28, dtype=torch.float32)[:, None] - 13.5  # (28, 1), from the center
+
+    def bells(positions, width):
+        return torch.exp(-(((positions[:, None] - pixels) / width) ** 2))  # (n, 28, dots)
+
     for digit, stroke in enumerate(STROKES):
-        n = int((y == digit).sum())
-        points = torch.tensor(stroke) + 0.35 * torch.randn(n, len(stroke), 2, generator=draw)
-        dots = interpolate(points.mT, size=12 * len(stroke), mode="linear", align_corners=True)
-        angle, slant, zoom = (_uniform(n, draw, limit)[:, None] for limit in (0.2, 0.25, 0.15))
-        right, down = ((dots - 5) * 2.1 * (1 + zoom[:, None])).unbind(1)  # (n, dots), in pixels
-        right = right + slant * down
-        right, down = (
-            right * angle.cos() - down * angle.sin() + _uniform(n, draw, 2)[:, None],
-            right * angle.sin() + down * angle.cos() + _uniform(n, draw, 2)[:, None],
-        )
-        width = (1 + _uniform(n, draw, 0.3))[:, None, None]
-        # A dot is a Gaussian, so rows times columns; the ink of all dots is a matrix product.
-        rows, columns = (
-            torch.exp(-(((at[:, None] - pixels) / width) ** 2)) for at in (down, right)
-        )  # (n, 28, dots)
-        ink = 1 - torch.exp(-rows @ columns.mT)  # (n, 28, 28)
-        x[y == digit] = (ink * 255).round().byte()[:, None]
-    return x, y
+        n = int((labels == digit).sum())
+        points = torch.tensor(stroke, dtype=torch.float32)  # (points, 2)
+        points = points + 0.35 * _randn(n, len(stroke), 2, rng=rng)
+        num_dots = 12 * len(stroke)
+        dots = interpolate(points.mT, size=num_dots, mode="linear", align_corners=True)
+        angle = _uniform(n, rng, 0.2)[:, None]
+        slant = _uniform(n, rng, 0.25)[:, None]
+        zoom = _uniform(n, rng, 0.15)[:, None]
+        x, y = ((dots - 5) * 2.1 * (1 + zoom[:, None])).unbind(1)  # (n, dots), in pixels
+        x = x + slant * y
+        rotated_x = x * angle.cos() - y * angle.sin() + _uniform(n, rng, 2)[:, None]
+        rotated_y = x * angle.sin() + y * angle.cos() + _uniform(n, rng, 2)[:, None]
+        width = (1 + _uniform(n, rng, 0.3))[:, None, None]
+        # A dot is a Gaussian: a product of a function of the row and one of the column. So the sum
+        # of all dots is a matrix product.
+        dot_sum = bells(rotated_y, width) @ bells(rotated_x, width).mT  # (n, 28, 28)
+        ink = 1 - torch.exp(-dot_sum)
+        images[labels == digit] = (ink * 255).round().byte()[:, None]
+    return images, labels
 
 
 @cache
-def draw_photos(count: int = 40) -> list[torch.Tensor]:
-    """Photo-like textures uint8 [3, 160, 160]: coloured noise of many sizes."""
-    noise = _texture(count, _generator("photos"), 160, *((n, n) for n in (2, 4, 8, 16, 32)))
-    return list(((3 * noise).sigmoid() * 255).round().byte())
+def draw_photos(num_photos: int = 40) -> list[torch.Tensor]:
+    """Textures like those of photos, each uint8 [3, 160, 160]: colour noise of many sizes."""
+    cells = [(n, n) for n in (2, 4, 8, 16, 32)]
+    texture = _texture(num_photos, _generator("photos"), 160, *cells)
+    return list(((3 * texture).sigmoid() * 255).round().byte())
 
 
-def draw_house_numbers(count: int, draw: torch.Generator) -> Data:
-    """The same digits [count, 3, 28, 28] in one colour on another, both drawn for each image."""
-    x, y = draw_digits(count, draw)
-    back = torch.rand(count, 3, 1, 1, generator=draw)
-    ink = (back + 0.35 + 0.3 * torch.rand(count, 3, 1, 1, generator=draw)) % 1
-    x = (back + x / 255 * (ink - back)) * 255 + 15 * _texture(count, draw, 28, (4, 4))
-    return x.round_().clamp_(0, 255).byte(), y
+def draw_house_numbers(num_images: int, rng: torch.Generator) -> Data:
+    """Digits [N, 3, 28, 28] in one random colour on another."""
+    digits, labels = draw_digits(num_images, rng)
+    background = _rand(num_images, 3, 1, 1, rng=rng)
+    ink = (background + 0.35 + 0.3 * _rand(num_images, 3, 1, 1, rng=rng)) % 1
+    images = (background + digits.float() / 255 * (ink - background)) * 255
+    images = images + 15 * _texture(num_images, rng, 28, (4, 4))
+    return images.round().clamp(0, 255).byte(), labels
 
 
-# fmt: off
 OBJECTS = {  # capsules (x, y, x, y, radius) in a square from -100 to 100, y downwards
-    "dog": [(-45, 10, 40, 10, 20), (-50, 10, -52, 70, 8), (-30, 20, -30, 70, 7),
-        (42, 10, 45, 70, 8), (25, 20, 25, 70, 7), (60, -30, 80, -22, 15), (50, -35, 45, -5, 7),
-        (-60, 0, -85, -40, 6)],
-    "elephant": [(-30, 0, 25, 0, 38), (-45, 20, -45, 75, 13), (25, 20, 25, 75, 13),
-        (60, -15, 60, -15, 24), (80, -10, 88, 55, 8), (42, -25, 42, -5, 18), (-65, 0, -80, 30, 4)],
-    "giraffe": [(-40, 15, 15, 10, 17), (-47, 20, -50, 90, 6), (-30, 20, -30, 90, 5),
-        (20, 20, 25, 90, 6), (20, 5, 50, -75, 9), (50, -80, 75, -68, 9), (-55, 10, -65, 45, 4)],
-    "guitar": [(-45, 42, -45, 42, 33), (-12, 10, -12, 10, 23), (-10, 8, 60, -65, 6),
-        (60, -65, 75, -80, 10)],
-    "horse": [(-40, 5, 35, 5, 20), (-50, 10, -55, 80, 7), (-35, 10, -30, 80, 6),
-        (40, 10, 45, 80, 7), (28, 10, 25, 80, 6), (40, 0, 65, -50, 12), (65, -55, 90, -32, 10),
-        (-60, 0, -80, 45, 8)],
-    "house": [(-35, 45, 35, 45, 30), (-35, 10, 35, 10, 30), (-70, -5, 0, -65, 8),
-        (0, -65, 70, -5, 8), (-12, -20, 12, -20, 25), (42, -65, 42, -35, 8)],
-    "airplane": [(-75, 0, 70, 0, 13), (10, 0, -25, 70, 9), (10, 0, -25, -70, 9),
-        (-70, 0, -88, -35, 6), (-70, 0, -88, 35, 6)],
-    "car": [(-60, 20, 60, 20, 20), (-25, -12, 25, -12, 20), (-42, 45, -42, 45, 17),
-        (42, 45, 42, 45, 17)],
-    "ship": [(-55, 50, 55, 50, 16), (-80, 35, 80, 35, 7), (-20, 10, 30, 10, 15),
-        (0, 10, 0, -80, 4), (10, -65, 45, -15, 6), (10, -15, 45, -15, 6)],
+    "dog": [
+        (-45, 10, 40, 10, 20),
+        (-50, 10, -52, 70, 8),
+        (-30, 20, -30, 70, 7),
+        (42, 10, 45, 70, 8),
+        (25, 20, 25, 70, 7),
+        (60, -30, 80, -22, 15),
+        (50, -35, 45, -5, 7),
+        (-60, 0, -85, -40, 6),
+    ],
+    "elephant": [
+        (-30, 0, 25, 0, 38),
+        (-45, 20, -45, 75, 13),
+        (25, 20, 25, 75, 13),
+        (60, -15, 60, -15, 24),
+        (80, -10, 88, 55, 8),
+        (42, -25, 42, -5, 18),
+        (-65, 0, -80, 30, 4),
+    ],
+    "giraffe": [
+        (-40, 15, 15, 10, 17),
+        (-47, 20, -50, 90, 6),
+        (-30, 20, -30, 90, 5),
+        (20, 20, 25, 90, 6),
+        (20, 5, 50, -75, 9),
+        (50, -80, 75, -68, 9),
+        (-55, 10, -65, 45, 4),
+    ],
+    "guitar": [
+        (-45, 42, -45, 42, 33),
+        (-12, 10, -12, 10, 23),
+        (-10, 8, 60, -65, 6),
+        (60, -65, 75, -80, 10),
+    ],
+    "horse": [
+        (-40, 5, 35, 5, 20),
+        (-50, 10, -55, 80, 7),
+        (-35, 10, -30, 80, 6),
+        (40, 10, 45, 80, 7),
+        (28, 10, 25, 80, 6),
+        (40, 0, 65, -50, 12),
+        (65, -55, 90, -32, 10),
+        (-60, 0, -80, 45, 8),
+    ],
+    "house": [
+        (-35, 45, 35, 45, 30),
+        (-35, 10, 35, 10, 30),
+        (-70, -5, 0, -65, 8),
+        (0, -65, 70, -5, 8),
+        (-12, -20, 12, -20, 25),
+        (42, -65, 42, -35, 8),
+    ],
+    "airplane": [
+        (-75, 0, 70, 0, 13),
+        (10, 0, -25, 70, 9),
+        (10, 0, -25, -70, 9),
+        (-70, 0, -88, -35, 6),
+        (-70, 0, -88, 35, 6),
+    ],
+    "car": [
+        (-60, 20, 60, 20, 20),
+        (-25, -12, 25, -12, 20),
+        (-42, 45, -42, 45, 17),
+        (42, 45, 42, 45, 17),
+    ],
+    "ship": [
+        (-55, 50, 55, 50, 16),
+        (-80, 35, 80, 35, 7),
+        (-20, 10, 30, 10, 15),
+        (0, 10, 0, -80, 4),
+        (10, -65, 45, -15, 6),
+        (10, -15, 45, -15, 6),
+    ],
 }
-# fmt: on
 
 
 def draw_objects(
-    count: int, draw: torch.Generator, style: str, classes: int = 9, side: int = 32
+    num_images: int, rng: torch.Generator, style: str, classes: int = 9, side: int = 32
 ) -> Data:
-    """`count` images [count, 3, side, side] of the first objects, and their classes.
+    """Images [N, 3, side, side] of the first objects, and their classes.
 
-    `style`: photo, art, cartoon, sketch or drawing, which has one channel. Drawn for each: the
-    parts of its object, its rotation, size, place and direction, and the colours.
+    `style` is "photo", "art", "cartoon", "sketch" or "drawing", which has one channel. Random in
+    each image: the parts of the object, rotation, size, place, direction and colours.
     """
-    y = torch.arange(count) % classes
-    return torch.cat([_paint(style, part, draw, side) for part in y.split(500)]), y
+    labels = torch.arange(num_images) % classes
+    images = [_paint(style, part, rng, side) for part in labels.split(500)]
+    return torch.cat(images), labels
 
 
-def _paint(style: str, y: torch.Tensor, draw: torch.Generator, side: int) -> torch.Tensor:
-    n = len(y)
-    d = _distance(y, draw, side)  # (n, 1, side, side)
-    inside = (0.5 - d).clamp(0, 1)
-    colour = torch.rand(n, 3, 1, 1, generator=draw)
-    if style == "photo":  # shaded bodies, of a colour that is usual for the class
-        hue = y / len(OBJECTS) + 0.15 * torch.randn(n, generator=draw)
-        rim = torch.randint(2, (n, 1, 1, 1), generator=draw)  # dark or light
-        shade = 0.35 + 0.65 * (rim - (-d / side * 12).clamp(0, 1)).abs()
-        body = (0.15 + 0.8 * _rainbow(hue)) * shade + 0.08 * _texture(n, draw, side, (16, 16))
-        back = 0.2 + 0.8 * colour + 0.12 * _texture(n, draw, side, (2, 2), (5, 5))
-        back = back * torch.rand(n, 1, 1, 1, generator=draw)  # by day and by night
-        x = back + inside * (body - back) + 0.02 * torch.randn(n, 3, side, side, generator=draw)
-    elif style == "art":  # brush strokes, across in the object and down behind it
-        hue = y / len(OBJECTS) + 0.15 * torch.randn(n, generator=draw)
-        back = 0.15 + 0.75 * colour + 0.2 * _texture(n, draw, side, (4, side // 2), (3, side // 4))
-        body = 0.2 + 0.6 * _rainbow(hue) + 0.2 * _texture(n, draw, side, (side // 2, 4))
-        x = back + inside * (body - back)
-    elif style == "cartoon":  # plain colours with an outline
-        body, back = _rainbow(torch.rand(n, generator=draw)), 0.6 + 0.4 * colour
-        x = (back + inside * (body - back)) * (d.abs() - 0.5).clamp(0, 1)
-    elif style == "sketch":  # dark outlines on white
-        x = (0.15 + 0.85 * d.abs().clamp(0, 1)).expand(-1, 3, -1, -1)
-    else:  # QuickDraw's dark strokes on white, here of many widths and strengths
-        width, strength = torch.rand(2, n, 1, 1, 1, generator=draw)
-        x = 1 - (1 + 3 * width - d.abs()).clamp(0, 1) * (0.2 + 0.8 * strength)
-    return (x * 255).round_().clamp_(0, 255).byte()
+def _paint(style: str, labels: torch.Tensor, rng: torch.Generator, side: int) -> torch.Tensor:
+    distance = _distance(labels, rng, side)  # (n, 1, side, side)
+    color = _rand(len(labels), 3, 1, 1, rng=rng)
+    images = STYLES[style](labels, distance, color, rng)
+    return (images * 255).round().clamp(0, 255).byte()
 
 
-def _distance(y: torch.Tensor, draw: torch.Generator, side: int) -> torch.Tensor:
-    """Pixels from each pixel to the outline of an object of class y, negative inside."""
-    n, most = len(y), max(map(len, OBJECTS.values()))
-    parts = [[*parts, *parts[:1] * (most - len(parts))] for parts in OBJECTS.values()]
-    ends, radius = (torch.tensor(parts)[y] / 100).split([4, 1], 2)  # (n, parts, 4), (n, parts, 1)
-    ends = ends.reshape(n, 2 * most, 2) + 0.04 * torch.randn(n, 2 * most, 2, generator=draw)
-    angle, zoom, stretch, thick = (_uniform(n, draw, limit) for limit in (0.25, 0.15, 0.15, 0.2))
-    flip = (torch.randint(2, (n,), generator=draw) * 2 - 1) * (1 + stretch)
-    turn = torch.stack([angle.cos() * flip, angle.sin() * flip, -angle.sin(), angle.cos()], 1)
+# The styles take labels [n], distances to the object's outline in pixels, negative inside
+# [n, 1, side, side], random colours [n, 3, 1, 1] and the generator. Images have values in [0, 1].
+
+
+def _photo(labels, distance, color, rng) -> torch.Tensor:
+    """Shaded objects in a colour that is typical of the class, by day and by night."""
+    n, side = len(labels), distance.shape[-1]
+    hue = _typical_hue(labels, rng)
+    is_rim_light = torch.randint(2, (n, 1, 1, 1), generator=rng)
+    depth = (-distance / side * 12).clamp(0, 1)
+    shade = 0.35 + 0.65 * (is_rim_light - depth).abs()
+    body = (0.15 + 0.8 * _rainbow(hue)) * shade + 0.08 * _texture(n, rng, side, (16, 16))
+    background = 0.2 + 0.8 * color + 0.12 * _texture(n, rng, side, (2, 2), (5, 5))
+    background = background * _rand(n, 1, 1, 1, rng=rng)
+    return _over(background, body, distance) + 0.02 * _randn(n, 3, side, side, rng=rng)
+
+
+def _art(labels, distance, color, rng) -> torch.Tensor:
+    """Brush strokes: horizontal in the object, vertical behind it."""
+    n, side = len(labels), distance.shape[-1]
+    hue = _typical_hue(labels, rng)
+    vertical = _texture(n, rng, side, (4, side // 2), (3, side // 4))
+    horizontal = _texture(n, rng, side, (side // 2, 4))
+    background = 0.15 + 0.75 * color + 0.2 * vertical
+    body = 0.2 + 0.6 * _rainbow(hue) + 0.2 * horizontal
+    return _over(background, body, distance)
+
+
+def _cartoon(labels, distance, color, rng) -> torch.Tensor:
+    """Plain colours, and a dark outline."""
+    body = _rainbow(_rand(len(labels), rng=rng))
+    background = 0.6 + 0.4 * color
+    return _over(background, body, distance) * (distance.abs() - 0.5).clamp(0, 1)
+
+
+def _sketch(labels, distance, color, rng) -> torch.Tensor:
+    """A dark outline on white."""
+    return (0.15 + 0.85 * distance.abs().clamp(0, 1)).expand(-1, 3, -1, -1)
+
+
+def _drawing(labels, distance, color, rng) -> torch.Tensor:
+    """QuickDraw's dark strokes on white, but with random widths and strengths. One channel."""
+    width, strength = _rand(2, len(labels), 1, 1, 1, rng=rng)
+    return 1 - (1 + 3 * width - distance.abs()).clamp(0, 1) * (0.2 + 0.8 * strength)
+
+
+STYLES = {
+    "photo": _photo,
+    "art": _art,
+    "cartoon": _cartoon,
+    "sketch": _sketch,
+    "drawing": _drawing,
+}
+
+
+def _over(background: torch.Tensor, body: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+    """The object in front of the background."""
+    inside = (0.5 - distance).clamp(0, 1)
+    return background + inside * (body - background)
+
+
+def _distance(labels: torch.Tensor, rng: torch.Generator, side: int) -> torch.Tensor:
+    """Distances [n, 1, side, side], in pixels, to the outline of the object; negative inside."""
+    n = len(labels)
+    num_parts = max(len(parts) for parts in OBJECTS.values())
+    capsules = []
+    for parts in OBJECTS.values():
+        padding = [parts[0]] * (num_parts - len(parts))
+        capsules.append(parts + padding)
+    capsules = torch.tensor(capsules, dtype=torch.float32)[labels] / 100  # (n, parts, 5)
+    ends, radius = capsules.split([4, 1], 2)
+    ends = ends.reshape(n, 2 * num_parts, 2) + 0.04 * _randn(n, 2 * num_parts, 2, rng=rng)
+
+    angle = _uniform(n, rng, 0.25)
+    zoom = _uniform(n, rng, 0.15)
+    stretch = _uniform(n, rng, 0.15)
+    thickness = _uniform(n, rng, 0.2)
+    flip = torch.randint(2, (n,), generator=rng) * 2 - 1
+    x_scale = flip * (1 + stretch)
+    rotation = [angle.cos() * x_scale, angle.sin() * x_scale, -angle.sin(), angle.cos()]
+    rotation = torch.stack(rotation, 1).view(n, 2, 2)
     size = (0.85 * (1 + zoom))[:, None, None]
-    move = 0.3 * torch.rand(n, 1, 2, generator=draw) - 0.15
-    ends = (size * ends @ turn.view(n, 2, 2) + move).view(n, most, 2, 2, 1, 1)
-    radius = radius[..., None] * (size * (1 + thick[:, None, None]))[:, None]  # (n, parts, 1, 1)
-    right = (torch.arange(side) + 0.5) * 2 / side - 1
-    down = right[:, None]
-    distance = torch.full((n, side, side), torch.inf)
-    for part in range(most):  # to the segment from a to b
-        (ax, ay), (bx, by) = (end.unbind(1) for end in ends[:, part].unbind(1))  # (n, 1, 1) each
-        dx, dy = bx - ax, by - ay
-        along = ((right - ax) * dx + (down - ay) * dy) / (dx**2 + dy**2 + 1e-6)
-        along.clamp_(0, 1)
-        away = torch.hypot(right - ax - along * dx, down - ay - along * dy)
-        distance = torch.minimum(distance, away - radius[:, part])
-    return distance[:, None] * side / 2
+    move = 0.3 * _rand(n, 1, 2, rng=rng) - 0.15
+    ends = (size * ends @ rotation + move).view(n, num_parts, 2, 2, 1, 1)
+    radius = radius[..., None] * (size * (1 + thickness[:, None, None]))[:, None]
+
+    x = (torch.arange(side, dtype=torch.float32) + 0.5) * 2 / side - 1  # (side)
+    y = x[:, None]  # (side, 1)
+    nearest = torch.full((n, side, side), torch.inf, dtype=torch.float32)
+    for part in range(num_parts):
+        start, end = ends[:, part].unbind(1)  # (n, 2, 1, 1)
+        start_x, start_y = start.unbind(1)  # (n, 1, 1)
+        end_x, end_y = end.unbind(1)
+        dx = end_x - start_x
+        dy = end_y - start_y
+        # The nearest point of the segment is `along` of the way from its start to its end.
+        along = ((x - start_x) * dx + (y - start_y) * dy) / (dx**2 + dy**2 + 1e-6)
+        along = along.clamp(0, 1)
+        to_segment = torch.hypot(x - start_x - along * dx, y - start_y - along * dy)
+        nearest = torch.minimum(nearest, to_segment - radius[:, part])
+    return nearest[:, None] * side / 2
 
 
-def _uniform(n: int, draw: torch.Generator, limit: float) -> torch.Tensor:
-    """n numbers drawn from -limit to limit."""
-    return (torch.rand(n, generator=draw) * 2 - 1) * limit
+def _uniform(n: int, rng: torch.Generator, limit: float) -> torch.Tensor:
+    """Random numbers [n] from -limit to limit."""
+    return (_rand(n, rng=rng) * 2 - 1) * limit
+
+
+def _typical_hue(labels: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Random hues [n] near that of the class."""
+    return labels.float() / len(OBJECTS) + 0.15 * _randn(len(labels), rng=rng)
 
 
 def _rainbow(hue: torch.Tensor) -> torch.Tensor:
-    """Colours [n, 3, 1, 1] for hues [n], of which 0 to 1 is the whole circle."""
-    circle = 2 * math.pi * (hue[:, None] - torch.arange(3) / 3)
-    return 0.5 + 0.5 * circle.cos()[..., None, None]
+    """Colours [n, 3, 1, 1] of hues [n]. A hue from 0 to 1 is once around the colour wheel."""
+    angle = 2 * math.pi * (hue[:, None] - torch.arange(3, dtype=torch.float32) / 3)
+    return 0.5 + 0.5 * angle.cos()[..., None, None]
 
 
-def _texture(n: int, draw: torch.Generator, side: int, *cells: tuple[int, int]) -> torch.Tensor:
-    """Coloured noise [n, 3, side, side], the mean of grids of so many cells."""
-    grids = [torch.randn(n, 3, *size, generator=draw) for size in cells]
-    return sum(interpolate(grid, size=(side, side), mode="bilinear") for grid in grids) / len(grids)
+def _texture(n: int, rng: torch.Generator, side: int, *cells: tuple[int, int]) -> torch.Tensor:
+    """Colour noise [n, 3, side, side]: the mean of random grids with so many (rows, columns)."""
+    grids = [_randn(n, 3, *size, rng=rng) for size in cells]
+    resized = [interpolate(grid, size=(side, side), mode="bilinear") for grid in grids]
+    return sum(resized) / len(resized)
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """How a domain is drawn, and the number of images in its splits."""
+
+    draw: Callable[[int, torch.Generator], Data]
+    sizes: dict[str, int]
 
 
 DIGITS = {"source": 5000, "pool": 30000, "val": 1000, "test": 2000}
 SMALL = {"source": 5400, "pool": 18000, "val": 900, "test": 1800}
 LARGE = {"source": 4200, "pool": 1200, "val": 300, "test": 1200}
-BUILT_IN = {  # domain: what draws it, and its sizes
-    "mnist": (draw_digits, DIGITS),
-    "svhn": (draw_house_numbers, DIGITS),
-    "cifar": (partial(draw_objects, style="photo"), SMALL),
-    "quickdraw": (partial(draw_objects, style="drawing", side=28), SMALL),
-    "ilsvrc": (partial(draw_objects, style="photo", classes=6, side=40), LARGE),
-} | {
-    style: (partial(draw_objects, style=style, classes=6, side=40), LARGE)
-    for style in ("art", "cartoon", "sketch")
+_large_objects = partial(draw_objects, classes=6, side=40)
+BUILT_IN = {
+    "mnist": BuiltIn(draw_digits, DIGITS),
+    "svhn": BuiltIn(draw_house_numbers, DIGITS),
+    "cifar": BuiltIn(partial(draw_objects, style="photo"), SMALL),
+    "quickdraw": BuiltIn(partial(draw_objects, style="drawing", side=28), SMALL),
+    "ilsvrc": BuiltIn(partial(_large_objects, style="photo"), LARGE),
+    "art": BuiltIn(partial(_large_objects, style="art"), LARGE),
+    "cartoon": BuiltIn(partial(_large_objects, style="cartoon"), LARGE),
+    "sketch": BuiltIn(partial(_large_objects, style="sketch"), LARGE),
 }
 
 
 @cache
-def _builtin(name: str) -> dict[str, Data]:
-    draw, sizes = BUILT_IN[name]
-    return {split: draw(n, _generator(f"{name} {split}")) for split, n in sizes.items()}
+def _built_in(name: str) -> dict[str, Data]:
+    domain = {}
+    for split, num_images in BUILT_IN[name].sizes.items():
+        domain[split] = BUILT_IN[name].draw(num_images, _generator(f"{name} {split}"))
+    return domain

@@ -974,15 +974,33 @@ def test_every_shift_gives_uint8_images_the_same_for_the_same_seed(name):
     shift = shifts.SHIFTS[name]
     if name[1] == "mnist-m":
         shift = partial(shift, photos=shifts.draw_photos(3))
-    x, _ = shifts.BUILT_IN[name[0]][0](30, generator())
+    x, _ = shifts.BUILT_IN[name[0]].draw(30, generator())
     before = x.clone()
-    a, b, c = (shift(x, draw=generator(seed)) for seed in (0, 0, 1))
+    a, b, c = (shift(x, rng=generator(seed)) for seed in (0, 0, 1))
     channels = 3 if name[1] == "mnist-m" else x.shape[1]
     assert a.dtype == torch.uint8 and a.shape == (30, channels, *x.shape[2:])
     assert torch.equal(x, before) and not torch.equal(a, x.expand_as(a))
     assert torch.equal(a, b)
     drawn = name[1] in ("occluded", "transform-random", "mnist-m", "noisy")
     assert torch.equal(a, c) != drawn
+
+
+@pytest.mark.parametrize("name", ["mnist", "svhn", "cifar", "quickdraw", "ilsvrc", "art"])
+def test_the_default_dtype_changes_no_image(name):
+    def images_of(dtype):
+        torch.set_default_dtype(dtype)
+        x, _ = shifts.BUILT_IN[name].draw(20, generator())
+        shifted = [x, shifts._resized(x, 33)]
+        for (source, target), shift in shifts.SHIFTS.items():
+            if source == name and target != "mnist-m":
+                shifted.append(shift(x, generator()))
+        return shifted
+
+    try:
+        for in_float32, in_float64 in zip(images_of(torch.float32), images_of(torch.float64)):
+            assert torch.equal(in_float32, in_float64)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("taps, sigma", [(8, 1.0), (4, 0.5), (5, 0.5)])
@@ -1059,12 +1077,10 @@ def test_yuv_and_hsv_known_colours():
 
 def test_scaling_is_in_mirrored_borders_of_the_protocols_sizes():
     x = torch.arange(1, 9, dtype=torch.uint8).mul(20).expand(1, 3, 8, 8)
-    row = shifts.shrink(x, None, borders=lambda side: [1, 2])[0, 0, 5]  # one after the other
+    row = shifts.scaling_stretch(x, None)[0, 0, 5]  # borders of 1 and 2, one after the other
     wide = torch.tensor([20, 20, 20, *x[0, 0, 0], 160, 160, 160.0])
     expected = nn.functional.interpolate(wide[None, None], 8, mode="linear")[0, 0]
     assert (row - expected).abs().max() <= 0.51
-    borders = shifts.SHIFTS["ilsvrc", "scaling-stretch"].keywords["borders"]
-    assert borders(224) == [1, 2, 4, 8, 16, 32, 64]
     for target, scale in (("scaling-symmetric", 402 / 224), ("scaling-stretch", 478 / 224)):
         square = torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
         square[..., 92:132, 92:132] = 255  # forty pixels in the middle
@@ -1163,7 +1179,8 @@ def test_a_target_shifts_the_splits_it_is_tuned_and_tested_on(mnist, monkeypatch
     assert shifted.keys() == {"pool", "val", "test"}
     for split, (x, y) in shifted.items():
         assert not torch.equal(x, plain[split][0]) and torch.equal(y, plain[split][1])
-    monkeypatch.setattr(shifts, "_mnist", lambda root: dict.fromkeys(plain, plain["val"]))
+    same_images = dict.fromkeys(plain, plain["val"])
+    monkeypatch.setitem(shifts.REAL_DOMAINS, "mnist", lambda root: same_images)
     shifted = shifts.load("mnist", "occluded", mnist)  # each split draws its own
     assert not torch.equal(shifted["val"][0], shifted["test"][0])
 
@@ -1230,7 +1247,7 @@ def test_fetch_gets_the_whole_file_or_none(tmp_path, server, monkeypatch):
     pages["/dripping"] = {"Content-Length": 1 << 20}, b"drop", 0.02, 200
     pages["/endless"] = {"Content-Length": ""}, body, 0, 99
     monkeypatch.setattr(shifts, "TIMEOUT", 0.3)
-    monkeypatch.setattr(shifts, "MOST", 1 << 20)
+    monkeypatch.setattr(shifts, "MAX_ARCHIVE_BYTES", 1 << 22)
     for page, expected_md5, reason in (
         (f"{url}/good", "0" * 32, f"its MD5 is not {'0' * 32}"),
         (f"{url}/cut", None, "ended|IncompleteRead"),
@@ -1266,8 +1283,8 @@ def npy(array):
 def test_of_quickdraw_only_the_first_rows_are_downloaded(tmp_path, server, monkeypatch):
     pages, url = server
     monkeypatch.setattr(shifts, "QUICKDRAW_ROWS", 90)
-    here = {"url": f"{url}/", "first": 90 * 784 + 128}
-    monkeypatch.setitem(shifts.ORIGINS, "quickdraw", replace(shifts.ORIGINS["quickdraw"], **here))
+    here = {"url": f"{url}/", "num_bytes": 90 * 784 + 128}
+    monkeypatch.setitem(shifts.DATASETS, "quickdraw", replace(shifts.DATASETS["quickdraw"], **here))
     rng = np.random.default_rng(0)
     for name in shifts.QUICKDRAW:
         drawings = npy(rng.integers(0, 256, (300, 784), np.uint8))
@@ -1310,7 +1327,7 @@ def test_cifar_is_downloaded_and_split_by_batches_without_deer(tmp_path, server,
     body = tar(members | {"cifar-10-batches-bin/../../out.bin": b"", "readme.html": b""})
     pages["/cifar.tar.gz"] = {}, body
     here = {"url": f"{url}/cifar.tar.gz", "md5": md5(body)}
-    monkeypatch.setitem(shifts.ORIGINS, "cifar", replace(shifts.ORIGINS["cifar"], **here))
+    monkeypatch.setitem(shifts.DATASETS, "cifar", replace(shifts.DATASETS["cifar"], **here))
     shifts.provide(shifts.needs("cifar", "noisy"), tmp_path / "data")
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["cifar-10-batches-bin"]
@@ -1386,8 +1403,8 @@ def test_pacs_is_downloaded_without_persons_in_the_splits(tmp_path, server, monk
     }
     pages["/pacs.zip"] = {}, zipped(members | {f"Homework3/PACS/{folder}/../x.png": b""})
     for name in shifts.PACS:
-        here = {"url": f"{url}/pacs.zip", "count": 70 if name == target else 0}
-        monkeypatch.setitem(shifts.ORIGINS, name, replace(shifts.ORIGINS[name], **here))
+        here = {"url": f"{url}/pacs.zip", "num_files": 70 if name == target else 0}
+        monkeypatch.setitem(shifts.DATASETS, name, replace(shifts.DATASETS[name], **here))
     shifts.provide(shifts.needs("ilsvrc", target), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pacs"]
     domain = shifts.load("ilsvrc", target, tmp_path)
@@ -1435,8 +1452,8 @@ def test_mnist_is_downloaded_where_it_is_missing(tmp_path, mnist, server, monkey
         raw = gzip.decompress(path.read_bytes()) if path.suffix else path.read_bytes()
         pages[f"/{path.name.removesuffix('.gz')}.gz"] = {}, gzip.compress(raw)
     sums = {f"mnist{page}": md5(body) for page, (_, body) in pages.items()}
-    sums = {name: sums[name] for name in shifts.ORIGINS["mnist"].md5}  # in their order
-    monkeypatch.setitem(shifts.ORIGINS, "mnist", shifts.Files(f"{url}/", sums))
+    sums = {name: sums[name] for name in shifts.DATASETS["mnist"].md5}  # in their order
+    monkeypatch.setitem(shifts.DATASETS, "mnist", shifts.Files(f"{url}/", sums))
     shifts.provide(shifts.needs("mnist", "blurry"), tmp_path / "new")
     folders = mnist, tmp_path / "new"
     expected, found = (shifts.load("mnist", None, root)["pool"] for root in folders)
@@ -1451,11 +1468,11 @@ def test_photos_are_downloaded_and_unpacked(mnist, server, monkeypatch):
     folder, sizes = "BSR/BSDS500/data/images/train", ((48, 32), (32, 48))
     photos = {f"{folder}/{size[0]}.jpg": photo_file((200, 100, 50), size, "JPEG") for size in sizes}
     pages["/bsds.tgz"], names = ({}, tar(photos)), shifts.needs("mnist", "mnist-m")
-    here = replace(shifts.ORIGINS["bsds500"], url=f"{url}/bsds.tgz")
-    monkeypatch.setitem(shifts.ORIGINS, "bsds500", here)
+    here = replace(shifts.DATASETS["bsds500"], url=f"{url}/bsds.tgz")
+    monkeypatch.setitem(shifts.DATASETS, "bsds500", here)
     with pytest.raises(shifts.MissingError, match="2 of 200 files"):
         shifts.provide(names, mnist)
-    monkeypatch.setitem(shifts.ORIGINS, "bsds500", replace(here, count=2))
+    monkeypatch.setitem(shifts.DATASETS, "bsds500", replace(here, num_files=2))
     shifts.provide(names, mnist)
     assert sorted(path.name for path in mnist.iterdir()) == ["bsds500", "mnist"]
     digits = shifts.load("mnist", None, mnist)["test"][0]
@@ -1480,7 +1497,7 @@ def test_the_4_layer_network_learns_the_built_in_digits_and_every_shift_hurts(mo
     house_numbers = {
         split: shifts.draw_house_numbers(n, generator(n)) for split, n in sizes.items()
     }
-    monkeypatch.setattr(shifts, "_builtin", {"mnist": digits, "svhn": house_numbers}.get)
+    monkeypatch.setattr(shifts, "_built_in", {"mnist": digits, "svhn": house_numbers}.get)
     domain = shifts.load("mnist", None, None)
     net = run_all.seeded(models.mnist_net, 0).to(memory_format=torch.channels_last)
     net = tune(net, "all", domain["source"], domain["val"], Settings(device="cpu"), epochs=4).net
@@ -1649,8 +1666,10 @@ def test_pacs_takes_rows_of_the_last_layer_of_any_network():
 
 @pytest.mark.parametrize("name", shifts.BUILT_IN)
 def test_built_in_images_are_the_same_every_time_and_balanced(name):
-    draw, sizes = shifts.BUILT_IN[name]
-    (a, y), (b, _) = (draw(180, generator(3)) for _ in range(2))
+    draw = shifts.BUILT_IN[name].draw
+    sizes = shifts.BUILT_IN[name].sizes
+    a, y = draw(180, generator(3))
+    b, _ = draw(180, generator(3))
     assert torch.equal(a, b) and a.dtype == torch.uint8 and a.dim() == 4
     assert len(set(y.bincount().tolist())) == 1
     assert len(a.unique(dim=0)) == 180
@@ -1665,8 +1684,9 @@ def test_built_in_images_are_the_same_every_time_and_balanced(name):
 @cache
 def few_images(name):
     """A built-in domain, smaller, and its splits of different sizes."""
-    (draw, splits), sizes = shifts.BUILT_IN[name], {"pool": 300, "test": 65}
-    return {name: draw(sizes.get(name, 60), generator(n)) for n, name in enumerate(splits)}
+    sizes = {"source": 60, "pool": 300, "val": 60, "test": 65}
+    draw = shifts.BUILT_IN[name].draw
+    return {split: draw(size, generator(n)) for n, (split, size) in enumerate(sizes.items())}
 
 
 @pytest.fixture
@@ -1686,7 +1706,7 @@ def make_quick(monkeypatch):
             built_in["build"] = partial(models.inception2, classes=6, width=0.1)
         short = replace(family, **once, built_in=built_in)
         monkeypatch.setitem(run_all.SCENARIOS, pair, short)
-    monkeypatch.setattr(shifts, "_builtin", few_images)
+    monkeypatch.setattr(shifts, "_built_in", few_images)
     monkeypatch.setattr(shifts, "fetch", no_network)
 
 
@@ -2381,7 +2401,7 @@ def test_broken_archives(tmp_path, kind):
 
 
 def test_no_file_fills_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(shifts, "MOST", 1 << 16)
+    monkeypatch.setattr(shifts, "MAX_BYTES", 1 << 16)
     large = np.zeros((1, 300, 300), np.uint8)
     for name, content, read in (
         ("a.gz", gzip.compress(idx(large)), shifts.read_idx),
@@ -2399,7 +2419,7 @@ def test_no_file_fills_the_memory(tmp_path, monkeypatch):
     (tmp_path / "net.pt").write_bytes(zipped({"archive/data.pkl": bytes(1 << 20)}))
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpacks it"))
     assert run_all.read_network(tmp_path / "net.pt") is None
-    monkeypatch.setattr(shifts, "MOST", 1 << 20)
+    monkeypatch.setattr(shifts, "MAX_BYTES", 1 << 20)
     (tmp_path / "a.png").write_bytes(photo_file("red", (9000, 9000)))
     with pytest.raises(shifts.DataError, match="pixels"):
         shifts.read_image(tmp_path / "a.png")
