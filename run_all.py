@@ -7,14 +7,12 @@ Learning", WACV 2020: every method on one transfer scenario, on several, or on a
     python run_all.py --list                                      # all scenarios, and their data
     torchrun --nproc-per-node 8 run_all.py --image-to-image --table 1 3 4 --figures figures
 
-Every result is a file in results/, written when it is done. What is there is not run again: an
-interrupted command goes on where it stopped, and tables and figures can be had once more.
+Each result is written to a file in results/ as soon as it is known. Finished results are not run
+again, so an interrupted command can be resumed, and tables and figures can be printed again.
 """
 
 import argparse
 import contextlib
-import copy
-import ctypes
 import hashlib
 import io
 import json
@@ -29,14 +27,14 @@ import tempfile
 import time
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache, partial
 from importlib.util import find_spec
-from itertools import product
 from pathlib import Path
 from secrets import token_hex
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,195 +45,266 @@ import models
 import shifts
 from flextune import Result, Selection, Settings, Task
 
-# ---------------------------------------------------------------- scenarios and published figures
-#
-# Table 2's accuracy of the source network on each target (QuickDraw's of Table 3), and the first
-# units in the order of their proxies' validation accuracy, fast-flex's at each ratio and then
-# faster-flex's, of the unpublished supplement (authors' code). A digit is a unit, a to d are units
-# 10 to 13, and 0 is the source network itself. (PACS's source was tuned on PACS photos before.)
-TARGETS = """
-    mnist blurry .748 34012 32401 32401 32401 32140 32410 32401 32401
-    mnist occluded .581 32410 32140 32140 32140 32410 32410 32410 32410
-    mnist mnist-m .439 32140 32140 32140 31204 32140 32140 32140 32140
-    mnist transform-random .322 32140 32410 32410 32410 32140 32410 32410 32410
-    mnist svhn .211 31240 32140 32140 31420 32140 32140 32140 31240
-    mnist transform-fixed .160 32140 32140 32140 32140 32140 32140 32140 32140
-    cifar noisy .540 21354 21435 21456 24165 21354 21534 23514 23541
-    cifar blurry .324 25436 25436 24536 23564 15423 52143 54231 25431
-    cifar quickdraw .291 45362 54632 54632 54637 54132 54326 54316 54361
-    quickdraw blurry .19 21367 13506 21340 21607 14253 12345 12340 12305
-    quickdraw noisy .63 56473 54673 56743 56740 52361 54632 54673 56473
-    quickdraw cifar .20 54167 54361 54367 43657 54136 52436 54263 54362
-    ilsvrc yuv .841 27105 2750c 2705c 72a80 27580 27501
-    ilsvrc hsv .384 24789 24783 24735 2738b 27489 24785
-    ilsvrc rotation .743 785a9 68794 68975 98a73 8679a 89765
-    ilsvrc scaling-symmetric .519 8759a 85749 85764 8793a 8759a 8759a
-    ilsvrc scaling-stretch .440 867a3 87654 8675a 876a3 867a5 876a3
-    ilsvrc art .532 478bc 27845 78659 3ad01 97ad0 6879a
-    ilsvrc cartoon .346 96b82 bc685 b987c 936d5 b6987 97c8b
-    ilsvrc sketch .142 65ab7 45973 9b753 678c2 65473 bc694
-"""
-TARGETS = {  # (source, target): (accuracy, orders)
-    (source, target): (float(figure), orders)
-    for source, target, figure, *orders in map(str.split, TARGETS.strip().splitlines())
-}
+# ---------------------------------------------------------------- published figures
+
 SELECTIONS = ("flex", "fast-flex", "faster-flex")
-PROXIES = SELECTIONS[1:]  # the methods that look at proxies
+PROXY_METHODS = ("fast-flex", "faster-flex")
 BASELINES = ("ft-fc-1", "ft-fc-2", "ft-ss", "ft-all")
-# Test accuracies of Table 3.
-PUBLISHED = """ratio  flex  fast  faster  fc-1  fc-2  ss  all
-    mnist blurry             30  .926 .926 .926 .921 .928 .928 .921
-    mnist occluded           30  .806 .806 .801 .785 .801 .792 .806
-    mnist mnist-m            30  .683 .683 .671 .615 .670 .675 .683
-    mnist svhn               30  .669 .669 .572 .451 .595 .657 .669
-    mnist transform-random   30  .644 .644 .644 .573 .638 .624 .625
-    mnist transform-fixed    30  .908 .887 .879 .839 .875 .866 .887
-    cifar blurry             20  .577 .577 .512 .444 .501 .569 .577
-    cifar noisy              20  .624 .624 .624 .583 .597 .618 .621
-    cifar quickdraw          20  .518 .517 .517 .475 .525 .495 .501
-    quickdraw blurry         20  .642 .631 .560 .426 .468 .707 .631
-    quickdraw noisy          20  .801 .801 .795 .788 .792 .805 .801
-    quickdraw cifar          20  .424 .424 .401 .333 .347 .388 .424
-    ilsvrc yuv               12  .893 .893 .893 .835 - .699 .808
-    ilsvrc hsv               12  .856 .856 .856 .533 - .646 .687
-    ilsvrc scaling-stretch   12  .724 .696 .696 .502 - .584 .653
-    ilsvrc scaling-symmetric 12  .770 .757 .757 .663 - .650 .716
-    ilsvrc rotation          12  .826 .832 .812 .667 - .652 .771
-    ilsvrc art                2  .669 .703 .655 .626 - .630 .628
-    ilsvrc cartoon            2  .639 .683 .593 .618 - .647 .507
-    ilsvrc sketch             2  .625 .606 .414 .554 - .581 .337
-    ilsvrc art               20  .870 .851 .861 .729 - .849 .724
-    ilsvrc cartoon           20  .912 .893 .841 .820 - .887 .709
-    ilsvrc sketch            20  .852 .638 .638 .766 - .801 .542
-    ilsvrc art              200  .906 .906 .823 .791 - .887 .746
-    ilsvrc cartoon          200  .958 .956 .952 .868 - .956 .925
-    ilsvrc sketch           200  .924 .924 .890 .767 - .916 .875"""
-PUBLISHED = {
-    (source, target, int(ratio), method): float(figure)
-    for source, target, ratio, *figures in map(str.split, PUBLISHED.splitlines()[1:])
-    for method, figure in zip(SELECTIONS + BASELINES, figures)
-    if figure != "-"
+
+# Test accuracy of the source network on each target: Table 2, QuickDraw's from Table 3.
+SOURCE_ACCURACY = {
+    ("mnist", "blurry"): 0.748,
+    ("mnist", "occluded"): 0.581,
+    ("mnist", "mnist-m"): 0.439,
+    ("mnist", "transform-random"): 0.322,
+    ("mnist", "svhn"): 0.211,
+    ("mnist", "transform-fixed"): 0.160,
+    ("cifar", "noisy"): 0.540,
+    ("cifar", "blurry"): 0.324,
+    ("cifar", "quickdraw"): 0.291,
+    ("quickdraw", "blurry"): 0.19,
+    ("quickdraw", "noisy"): 0.63,
+    ("quickdraw", "cifar"): 0.20,
+    ("ilsvrc", "yuv"): 0.841,
+    ("ilsvrc", "hsv"): 0.384,
+    ("ilsvrc", "rotation"): 0.743,
+    ("ilsvrc", "scaling-symmetric"): 0.519,
+    ("ilsvrc", "scaling-stretch"): 0.440,
+    ("ilsvrc", "art"): 0.532,
+    ("ilsvrc", "cartoon"): 0.346,
+    ("ilsvrc", "sketch"): 0.142,
 }
-TABLE_4 = {  # AP@10 of RETRIEVAL's methods; the paper does not say at which ratio
+
+# Test accuracy of tuned networks: Table 3, in the order of SELECTIONS and BASELINES.
+TABLE_3 = {
+    ("mnist", "blurry", 30): (0.926, 0.926, 0.926, 0.921, 0.928, 0.928, 0.921),
+    ("mnist", "occluded", 30): (0.806, 0.806, 0.801, 0.785, 0.801, 0.792, 0.806),
+    ("mnist", "mnist-m", 30): (0.683, 0.683, 0.671, 0.615, 0.670, 0.675, 0.683),
+    ("mnist", "svhn", 30): (0.669, 0.669, 0.572, 0.451, 0.595, 0.657, 0.669),
+    ("mnist", "transform-random", 30): (0.644, 0.644, 0.644, 0.573, 0.638, 0.624, 0.625),
+    ("mnist", "transform-fixed", 30): (0.908, 0.887, 0.879, 0.839, 0.875, 0.866, 0.887),
+    ("cifar", "blurry", 20): (0.577, 0.577, 0.512, 0.444, 0.501, 0.569, 0.577),
+    ("cifar", "noisy", 20): (0.624, 0.624, 0.624, 0.583, 0.597, 0.618, 0.621),
+    ("cifar", "quickdraw", 20): (0.518, 0.517, 0.517, 0.475, 0.525, 0.495, 0.501),
+    ("quickdraw", "blurry", 20): (0.642, 0.631, 0.560, 0.426, 0.468, 0.707, 0.631),
+    ("quickdraw", "noisy", 20): (0.801, 0.801, 0.795, 0.788, 0.792, 0.805, 0.801),
+    ("quickdraw", "cifar", 20): (0.424, 0.424, 0.401, 0.333, 0.347, 0.388, 0.424),
+    ("ilsvrc", "yuv", 12): (0.893, 0.893, 0.893, 0.835, None, 0.699, 0.808),
+    ("ilsvrc", "hsv", 12): (0.856, 0.856, 0.856, 0.533, None, 0.646, 0.687),
+    ("ilsvrc", "scaling-stretch", 12): (0.724, 0.696, 0.696, 0.502, None, 0.584, 0.653),
+    ("ilsvrc", "scaling-symmetric", 12): (0.770, 0.757, 0.757, 0.663, None, 0.650, 0.716),
+    ("ilsvrc", "rotation", 12): (0.826, 0.832, 0.812, 0.667, None, 0.652, 0.771),
+    ("ilsvrc", "art", 2): (0.669, 0.703, 0.655, 0.626, None, 0.630, 0.628),
+    ("ilsvrc", "cartoon", 2): (0.639, 0.683, 0.593, 0.618, None, 0.647, 0.507),
+    ("ilsvrc", "sketch", 2): (0.625, 0.606, 0.414, 0.554, None, 0.581, 0.337),
+    ("ilsvrc", "art", 20): (0.870, 0.851, 0.861, 0.729, None, 0.849, 0.724),
+    ("ilsvrc", "cartoon", 20): (0.912, 0.893, 0.841, 0.820, None, 0.887, 0.709),
+    ("ilsvrc", "sketch", 20): (0.852, 0.638, 0.638, 0.766, None, 0.801, 0.542),
+    ("ilsvrc", "art", 200): (0.906, 0.906, 0.823, 0.791, None, 0.887, 0.746),
+    ("ilsvrc", "cartoon", 200): (0.958, 0.956, 0.952, 0.868, None, 0.956, 0.925),
+    ("ilsvrc", "sketch", 200): (0.924, 0.924, 0.890, 0.767, None, 0.916, 0.875),
+}
+
+# The unit with the best proxy, at each of the target's ratios: the unpublished supplement (authors'
+# code). Its source network for PACS was first tuned on photos of PACS.
+BEST_PROXY = {
+    ("mnist", "blurry"): {"fast-flex": (3, 3, 3, 3), "faster-flex": (3, 3, 3, 3)},
+    ("mnist", "occluded"): {"fast-flex": (3, 3, 3, 3), "faster-flex": (3, 3, 3, 3)},
+    ("mnist", "mnist-m"): {"fast-flex": (3, 3, 3, 3), "faster-flex": (3, 3, 3, 3)},
+    ("mnist", "transform-random"): {"fast-flex": (3, 3, 3, 3), "faster-flex": (3, 3, 3, 3)},
+    ("mnist", "svhn"): {"fast-flex": (3, 3, 3, 3), "faster-flex": (3, 3, 3, 3)},
+    ("mnist", "transform-fixed"): {"fast-flex": (3, 3, 3, 3), "faster-flex": (3, 3, 3, 3)},
+    ("cifar", "noisy"): {"fast-flex": (2, 2, 2, 2), "faster-flex": (2, 2, 2, 2)},
+    ("cifar", "blurry"): {"fast-flex": (2, 2, 2, 2), "faster-flex": (1, 5, 5, 2)},
+    ("cifar", "quickdraw"): {"fast-flex": (4, 5, 5, 5), "faster-flex": (5, 5, 5, 5)},
+    ("quickdraw", "blurry"): {"fast-flex": (2, 1, 2, 2), "faster-flex": (1, 1, 1, 1)},
+    ("quickdraw", "noisy"): {"fast-flex": (5, 5, 5, 5), "faster-flex": (5, 5, 5, 5)},
+    ("quickdraw", "cifar"): {"fast-flex": (5, 5, 5, 4), "faster-flex": (5, 5, 5, 5)},
+    ("ilsvrc", "yuv"): {"fast-flex": (2, 2, 2), "faster-flex": (7, 2, 2)},
+    ("ilsvrc", "hsv"): {"fast-flex": (2, 2, 2), "faster-flex": (2, 2, 2)},
+    ("ilsvrc", "rotation"): {"fast-flex": (7, 6, 6), "faster-flex": (9, 8, 8)},
+    ("ilsvrc", "scaling-symmetric"): {"fast-flex": (8, 8, 8), "faster-flex": (8, 8, 8)},
+    ("ilsvrc", "scaling-stretch"): {"fast-flex": (8, 8, 8), "faster-flex": (8, 8, 8)},
+    ("ilsvrc", "art"): {"fast-flex": (4, 2, 7), "faster-flex": (3, 9, 6)},
+    ("ilsvrc", "cartoon"): {"fast-flex": (9, 11, 11), "faster-flex": (9, 11, 9)},
+    ("ilsvrc", "sketch"): {"fast-flex": (6, 4, 9), "faster-flex": (6, 6, 11)},
+}
+
+# AP@10, in the order of TABLE_4_METHODS. The paper does not say at which ratio.
+TABLE_4_METHODS = ("ft-fc-1", "ft-all", "flex")
+TABLE_4 = {
     "yuv": (0.80, 0.75, 0.85),
     "hsv": (0.47, 0.52, 0.85),
     "art": (0.66, 0.80, 0.88),
     "cartoon": (0.53, 0.83, 0.86),
     "sketch": (0.39, 0.85, 0.86),
 }
-RETRIEVAL = ("ft-fc-1", "ft-all", "flex")
-TALLY = "flex 60, fast-flex 41, ft-all 26"  # of 72, section 5.2
+
+TIMES_BEST = "flex 60, fast-flex 41, ft-all 26"  # of 72 scenarios, section 5.2
 
 
-@dataclass(frozen=True)
-class Family:
-    """A line of Table 2: targets of a source that share a network and a protocol."""
-
-    network: str
-    build: Callable[[], nn.Sequential]
-    ratios: tuple[int, ...]  # images per class, about; the largest is the whole pool
-    tuning: Settings  # but for what depends on the ratio and on the command line
-    steps: tuple[tuple[int, int, int], ...]  # by ratio, the smallest first: see `protocol`
-    pretraining: Settings
-    epochs: int | None = None  # of pretraining, to the last state; None: stop early, at the best
-    weights: Callable[[Path], nn.Sequential] | None = None  # reads a network pretrained elsewhere
-    files: tuple[str, ...] = ()  # what it reads, as shifts.DATASETS names it
-    code: tuple[bytes, ...] = ()  # of the file that --network names
-    head: Callable[[nn.Sequential], nn.Sequential] = copy.copy  # what becomes of its last layer
-    built_in: dict = field(default_factory=dict)  # what is other on built-in data
-    left_out: tuple[str, ...] = ()  # methods that the paper does not run here
-
-    def protocol(self, ratio: int) -> tuple[int, int, int]:
-        """Batch size, most epochs, steps between validations: of this ratio, or the next below."""
-        return self.steps[max(sum(ratio >= other for other in self.ratios) - 1, 0)]
+# ---------------------------------------------------------------- scenarios and protocols
 
 
-# When a training ends is ours (Settings.patience): the authors' ends at the first validation worse
-# than the one before by .0025 (PACS .025), and its last state is kept.
-MNIST = Family(
+class Scenario(NamedTuple):
+    """What the results of several runs have in common."""
+
+    source: str
+    target: str
+    ratio: int  # training images per class, approximately
+    data: str  # "real" or "built-in"
+    network: str  # of a protocol, or the name of the user's own
+
+
+class Schedule(NamedTuple):
+    """How networks are tuned at one ratio."""
+
+    batch_size: int
+    max_epochs: int
+    steps_between_validations: int  # in batches, across epochs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """The network of a source, how it is trained there, and how it is tuned to the targets."""
+
+    network: str  # its name in tables
+    build: Callable[[], nn.Sequential] | None = None  # the network with random weights
+    load: Callable[[Path], nn.Sequential] | None = None  # or with weights from the data's folder
+    pretraining: Settings | None = None  # on the source; None: the network is pretrained already
+    pretraining_epochs: int | None = None  # exactly so many; None: stop early, take the best state
+    tuning: Settings  # batch_size, max_epochs and check_every are those of the schedule
+    schedules: dict[int, Schedule]  # by the paper's ratios; the largest is the whole pool
+    adapt_head: Callable[[nn.Sequential], nn.Sequential] | None = None  # to the target's classes
+    required_files: tuple[str, ...] = ()  # names in shifts.DATASETS, besides the images
+    skipped_methods: tuple[str, ...] = ()  # the paper does not run them with this network
+    source_code: bytes = b""  # of the user's own network
+
+    def schedule(self, ratio: int) -> Schedule:
+        """The schedule of this ratio, or of the next smaller one that has a schedule."""
+        smaller = [other for other in self.schedules if other <= ratio]
+        return self.schedules[max(smaller, default=min(self.schedules))]
+
+
+# The stopping rule is our own (Settings.patience). The authors stop at the first validation whose
+# accuracy is lower by .0025 (PACS: .025) than at the one before, and keep the final state.
+MNIST = Protocol(
     network="4-layer",
     build=models.mnist_net,
-    ratios=(3, 30, 300, 3000),
-    tuning=Settings(lr=1e-4),  # authors' code; section 5.1 has 1e-3
-    steps=((16, 1000, 20), (32, 500, 50), (32, 100, 500), (32, 25, 4000)),  # authors' code
     pretraining=Settings(lr=1e-4, batch_size=50),  # authors' code
-    epochs=13,  # authors' code: 12.5, that is 6,250 steps
-)
-CIFAR = Family(
-    network="7-layer",
-    build=models.cifar_net,
-    ratios=(2, 20, 200, 2000),
-    tuning=Settings(lr=1e-3),  # section 5.1; the authors' code does not say
-    steps=MNIST.steps,  # not published
-    pretraining=Settings(lr=1e-3, batch_size=50, max_epochs=50, check_every=3, patience=3),
-    built_in={
-        "build": partial(models.cifar_net, width=0.25),
-        "pretraining": Settings(lr=1e-3, max_epochs=10),
+    pretraining_epochs=13,  # authors' code: 6,250 steps, which are 12.5 epochs
+    tuning=Settings(lr=1e-4),  # authors' code; section 5.1 has 1e-3
+    schedules={  # authors' code
+        3: Schedule(batch_size=16, max_epochs=1000, steps_between_validations=20),
+        30: Schedule(batch_size=32, max_epochs=500, steps_between_validations=50),
+        300: Schedule(batch_size=32, max_epochs=100, steps_between_validations=500),
+        3000: Schedule(batch_size=32, max_epochs=25, steps_between_validations=4000),
     },
 )
-ILSVRC = Family(
-    network="Inception2",
-    build=partial(models.inception2, classes=6, width=0.25),  # on built-in data alone
-    ratios=(2, 12, 25),  # Table 2; the authors' code takes .01, .5 and 1 of the pool
-    tuning=Settings(lr=1e-4, top_k=5),  # section 5.1; the authors' code stops by top-1
-    steps=((8, 2000, 100), (8, 1000, 150), (8, 150, 800)),  # authors' code for PACS
-    pretraining=Settings(lr=1e-3, max_epochs=9, check_every=1, batch_statistics=True),
-    weights=lambda root: models.load_inception2(root / "inception2.npz"),
-    files=("inception2",),
-    built_in={"tuning": Settings(lr=1e-3, patience=3), "steps": ((32, 300, 20),) * 3},
-    left_out=("ft-fc-2",),  # it has a single fully connected unit (section 5.1)
+CIFAR = Protocol(
+    network="7-layer",
+    build=models.cifar_net,
+    pretraining=Settings(lr=1e-3, batch_size=50, max_epochs=50, check_every=3, patience=3),
+    tuning=Settings(lr=1e-3),  # section 5.1; the authors' code does not say
+    schedules=dict(zip((2, 20, 200, 2000), MNIST.schedules.values())),  # MNIST's: not published
 )
-GREY = partial(models.cifar_net, channels=1)
-NARROW = CIFAR.built_in | {"build": partial(GREY, width=0.25)}
-QUICKDRAW = replace(CIFAR, build=GREY, built_in=NARROW)
-PACS = replace(ILSVRC, ratios=(2, 20, 200), tuning=Settings(lr=1e-4), head=models.pacs_head)
-FAMILIES = {"mnist": MNIST, "cifar": CIFAR, "quickdraw": QUICKDRAW, "ilsvrc": ILSVRC}
-SCENARIOS = {pair: PACS if pair[1] in shifts.PACS else FAMILIES[pair[0]] for pair in TARGETS}
+QUICKDRAW = replace(CIFAR, build=partial(models.cifar_net, channels=1))
+ILSVRC = Protocol(
+    network="Inception2",
+    load=lambda root: models.load_inception2(root / "inception2.npz"),
+    required_files=("inception2",),
+    tuning=Settings(lr=1e-4, top_k=5),  # section 5.1; the authors' code stops by top-1 accuracy
+    schedules={  # authors' code for PACS; ratios of Table 2: their code has .01, .5 and 1 of all
+        2: Schedule(batch_size=8, max_epochs=2000, steps_between_validations=100),
+        12: Schedule(batch_size=8, max_epochs=1000, steps_between_validations=150),
+        25: Schedule(batch_size=8, max_epochs=150, steps_between_validations=800),
+    },
+    skipped_methods=("ft-fc-2",),  # it has a single fully connected unit (section 5.1)
+)
+PACS = replace(
+    ILSVRC,
+    tuning=Settings(lr=1e-4),
+    schedules=dict(zip((2, 20, 200), ILSVRC.schedules.values())),
+    adapt_head=models.pacs_head,
+)
+
+# Built-in images are fewer, and networks for them narrower, so that a run takes minutes on a CPU.
+BUILT_IN_SCHEDULE = Schedule(batch_size=32, max_epochs=300, steps_between_validations=20)
+BUILT_IN_CIFAR = replace(
+    CIFAR,
+    build=partial(models.cifar_net, width=0.25),
+    pretraining=Settings(lr=1e-3, max_epochs=10),
+)
+BUILT_IN_ILSVRC = replace(
+    ILSVRC,
+    build=partial(models.inception2, classes=6, width=0.25),
+    load=None,
+    required_files=(),
+    pretraining=Settings(lr=1e-3, max_epochs=9, check_every=1, batch_statistics=True),
+    tuning=Settings(lr=1e-3, patience=3),
+    schedules=dict.fromkeys((2, 12, 25), BUILT_IN_SCHEDULE),
+)
+PROTOCOLS = {
+    "real": {
+        "mnist": MNIST,
+        "cifar": CIFAR,
+        "quickdraw": QUICKDRAW,
+        "ilsvrc": ILSVRC,
+        "pacs": PACS,
+    },
+    "built-in": {
+        "mnist": MNIST,
+        "cifar": BUILT_IN_CIFAR,
+        "quickdraw": replace(
+            BUILT_IN_CIFAR, build=partial(models.cifar_net, channels=1, width=0.25)
+        ),
+        "ilsvrc": BUILT_IN_ILSVRC,
+        "pacs": replace(BUILT_IN_ILSVRC, schedules=dict.fromkeys((2, 20, 200), BUILT_IN_SCHEDULE)),
+    },
+}
 
 
-def comparable(scenario: tuple) -> bool:
-    """Is it (see `grouped`) the paper's network on real data?"""
-    source, target, _, data, network = scenario
-    return data == "real" and network == SCENARIOS[source, target].network
+def protocol_of(source: str, target: str, data: str = "real") -> Protocol:
+    """The protocol of a transfer; PACS, whose source is ILSVRC, has its own."""
+    name = "pacs" if target in shifts.PACS else source
+    return PROTOCOLS[data][name]
 
 
-def paper(scenario: tuple, method: str) -> float | None:
-    """The test accuracy that the paper published for a scenario, if it did."""
-    source, target, ratio, *_ = scenario
-    figures = PUBLISHED | {(source, target, ratio, "source"): TARGETS[source, target][0]}
-    return figures.get((source, target, ratio, method)) if comparable(scenario) else None
+def paper_ratios(source: str, target: str) -> list[int]:
+    return list(protocol_of(source, target).schedules)
 
 
-def supplement(scenario: tuple, method: str) -> list[int]:
-    """The first units in the paper's order of the proxies of fast-flex or faster-flex, or []."""
-    source, target, ratio, *_ = scenario
-    places = product(PROXIES, SCENARIOS[source, target].ratios)
-    order = dict(zip(places, TARGETS[source, target][1])).get((method, ratio), "")
-    return [int(unit, 16) for unit in order if unit != "0" and comparable(scenario)]
+def is_paper_setting(scenario: Scenario) -> bool:
+    """Whether results can be compared with the paper's: real data, and the paper's network."""
+    protocol = protocol_of(scenario.source, scenario.target)
+    return scenario.data == "real" and scenario.network == protocol.network
 
 
-# ---------------------------------------------------------------- running and recording
+def published_accuracy(scenario: Scenario, method: str) -> float | None:
+    """The test accuracy in the paper, or None if there is none for this setting."""
+    if not is_paper_setting(scenario):
+        return None
+    source, target, ratio = scenario[:3]
+    if method == "source":
+        return SOURCE_ACCURACY[source, target]
+    accuracies = TABLE_3.get((source, target, ratio), ())
+    return dict(zip(SELECTIONS + BASELINES, accuracies)).get(method)
 
 
-def image_to_image(target: str) -> type[nn.Module]:
-    """The image-to-image unit for a target: special where the kind of shift is known."""
-    if target.startswith(("transform-", "scaling-", "rotation")):
-        return models.SpatialTransformer
-    return models.Pixelwise if target in ("yuv", "hsv") else models.UNet
+def published_best_proxy(scenario: Scenario, method: str) -> int | None:
+    """The unit with the best proxy in the supplement, or None if there is none for this setting."""
+    source, target, ratio = scenario[:3]
+    ratios = paper_ratios(source, target)
+    if not is_paper_setting(scenario) or ratio not in ratios:
+        return None
+    return BEST_PROXY[source, target][method][ratios.index(ratio)]
 
 
-def flex_i2i(task: Task, target: str) -> Selection:
-    """Algorithm 1 with one more candidate, 0: a unit before N, and nothing else tuned (5.4)."""
-    unit = seeded(partial(image_to_image(target), task.train[0].shape[1]), task.settings.seed)
-    net = nn.Sequential(unit, *task.net)
-    before = flextune.fine_tune(Task(net, task.train, task.val, task.settings, task.report), 1)
-    tuned = flextune.flex(task).tuned | {0: replace(before, units=(0,))}
-    best = max(tuned, key=lambda unit: tuned[unit].accuracy)  # of equals, a part of N
-    return Selection(chosen=best, best=best, tuned=tuned)
+# ---------------------------------------------------------------- methods
 
 
 def source(task: Task) -> Result:
-    """The source network as it is."""
+    """The source network, not tuned."""
     return Result(
         net=task.net,
         units=(),
@@ -260,6 +329,37 @@ METHODS = {
 }
 
 
+def flex_i2i(task: Task, target: str) -> Selection:
+    """Flex with one more candidate, 0: an image-to-image unit before the network (section 5.4).
+
+    All units of the source network stay frozen while it is tuned.
+    """
+    channels = task.train[0].shape[1]
+    unit = seeded(partial(image_to_image_unit(target), channels), task.settings.seed)
+    longer_net = nn.Sequential(unit, *task.net)
+    longer_task = Task(longer_net, task.train, task.val, task.settings, task.report)
+    result = replace(flextune.fine_tune(longer_task, 1), units=(0,))
+    tuned = flextune.flex(task).tuned | {0: result}
+    best = max(tuned, key=lambda unit: tuned[unit].accuracy)  # the first of equals, so 0 last
+    return Selection(chosen=best, best=best, tuned=tuned)
+
+
+def image_to_image_unit(target: str) -> type[nn.Module]:
+    """The kind of the image-to-image unit. Where the shift is known, it fits the shift."""
+    if target.startswith(("transform-", "scaling-", "rotation")):
+        return models.SpatialTransformer
+    if target in ("yuv", "hsv"):
+        return models.Pixelwise
+    return models.UNet
+
+
+def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A new network, with random weights that depend only on the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return build()
+
+
 def retrieval(
     source_net: nn.Sequential,
     tuned_net: nn.Sequential,
@@ -267,161 +367,128 @@ def retrieval(
     queries: shifts.Data,
     k: int = 10,
 ) -> float:
-    """Mean AP@k of target `queries`, as `tuned_net` sees them, in a `gallery` of source images.
+    """Mean AP@k of retrieving source images with target images as queries (section 5.3, Table 4).
 
-    Of a query's k nearest images (Euclidean distance of `features`; ties go to the first) those of
-    its class are relevant. AP@k is the sum of P(i) over the ranks i of relevant images / min(k, R),
-    where P(i) is the share of relevant images among the nearest i, and R the number of relevant
-    images in the gallery; 0 if there are none. Gallery labels may be negative: no query's class.
+    The nearest gallery images are those with the smallest Euclidean distance of `features`. Ties go
+    to the first. Images of the query's class are relevant, and
+
+        AP@k = sum of P(i) over the ranks i <= k of relevant images / min(k, R),
+
+    where P(i) is the share of relevant images among the nearest i, and R is the number of relevant
+    images in the gallery. Without any, AP@k is 0. The formula is our choice.
+
+    Args:
+        source_net: The network for gallery images.
+        tuned_net: The network for queries.
+        gallery: Source images and labels. An image with a negative label is never relevant.
+        queries: Target images and labels.
     """
     gallery_features = features(source_net, gallery[0])  # (G, D)
     gallery_labels = gallery[1]
     query_features = features(tuned_net, queries[0])  # (N, D)
     total = 0.0
-    for query, y in zip(query_features.split(256), queries[1].split(256)):
-        exact = "donot_use_mm_for_euclid_dist"
-        distance = torch.cdist(query, gallery_features, compute_mode=exact)  # (B, G)
+    for batch, labels in zip(query_features.split(256), queries[1].split(256)):
+        distance = torch.cdist(
+            batch, gallery_features, compute_mode="donot_use_mm_for_euclid_dist"
+        )  # (B, G)
         nearest = distance.sort(stable=True).indices[:, :k].cpu()  # (B, k)
-        relevant = (gallery_labels[nearest] == y[:, None]).double()  # (B, k)
-        precision = relevant.cumsum(1) / torch.arange(1, relevant.shape[1] + 1)  # (B, k)
-        num_relevant = (gallery_labels == y[:, None]).sum(1)  # (B)
-        total += ((precision * relevant).sum(1) / num_relevant.clamp(1, k)).sum().item()
+        is_relevant = (gallery_labels[nearest] == labels[:, None]).double()  # (B, k)
+        precision = is_relevant.cumsum(1) / torch.arange(1, is_relevant.shape[1] + 1)  # (B, k)
+        num_relevant = (gallery_labels == labels[:, None]).sum(1)  # (B)
+        average_precision = (precision * is_relevant).sum(1) / num_relevant.clamp(1, k)
+        total += average_precision.sum().item()
     return total / len(queries[1])
 
 
 def features(net: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
-    """The input of the last unit, a map averaged over its pixels: [N, D]."""
+    """The input of the last unit [N, D]. A feature map is averaged over its pixels."""
     outputs = flextune.run_units(net, x, stop=-1)
     if outputs.dim() == 4:
         return outputs.mean((2, 3))
     return outputs.flatten(1)
 
 
-def print_progress(text: str) -> None:
-    """Print a line of progress to stderr. On a terminal it replaces the one before."""
-    if sys.stderr is None:  # it is closed
-        return
-    if sys.stderr.isatty():
-        width = shutil.get_terminal_size().columns
-        print(f"\r{text[: width - 1]}\x1b[K", end="", file=sys.stderr, flush=True)
-    elif text:
-        print(text, file=sys.stderr, flush=True)
+def gallery_labels(scenario: Scenario, labels: torch.Tensor) -> torch.Tensor:
+    """Labels of source images as classes of the target.
 
-
-# Under torchrun every rank runs this program. The ranks take the work piece by piece from counters
-# in torchrun's store. Rank 0 downloads before, and prints after. When torchrun starts all ranks
-# again, the store still has the keys of the attempt before: keys begin with the attempt's number.
-
-TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
-RANK, RANKS = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if TORCHRUN else (0, 1)
-
-
-@cache
-def store():
-    from torch.distributed import PrefixStore, rendezvous
-
-    common, *_ = next(rendezvous("env://"))
-    common.set_timeout(timedelta(days=30))
-    return PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], common)
-
-
-def reached(point: str) -> None:
-    """Wait until all ranks are at this point of the program."""
-    if RANKS > 1:
-        store().set(f"{point} {RANK}", "")
-        store().wait([f"{point} {rank}" for rank in range(RANKS)])
-
-
-def shared(what: str, steps: int) -> Iterator[int]:
-    """The numbers below `steps`, each in one rank only: whichever is free takes the next."""
-    if RANKS == 1:
-        yield from range(steps)
-    else:
-        while (step := store().add(what, 1) - 1) < steps:
-            yield step
-
-
-class Progress:
-    """On rank 0's standard error: what is under way, and about how long all of it takes.
-
-    On a terminal it is one line. Elsewhere a step begins a line, then comes one in ten seconds.
+    PACS has six of ILSVRC's classes. The others become -1.
     """
+    if scenario.data == "built-in" or scenario.target not in shifts.PACS:
+        return labels
+    class_of_row = torch.full((1000,), -1)
+    class_of_row[list(models.PACS_ROWS.values())] = torch.arange(len(models.PACS_ROWS))
+    return class_of_row[labels]
 
-    def __init__(self, *costs: float):
-        self.costs, self.step, self.title = costs, 0, ""  # of each step; in any unit
-        self.start = self.printed = time.perf_counter()
 
-    def begin(self, step: int, title: str) -> None:
-        self.step, self.printed = step, -math.inf
-        self.title = f"[{step + 1}/{len(self.costs)}] {title}"
-        self(0, "")
-
-    def __call__(self, part: float, text: str) -> None:
-        """`part` of the present step, from 0 to 1, is done."""
-        now, stream = time.perf_counter(), sys.stderr
-        done = sum(self.costs[: self.step]) + part * self.costs[self.step]
-        left = (now - self.start) * (sum(self.costs) / done - 1) / 60 if done else 0
-        line = ", ".join(filter(None, [self.title, text]))
-        if not RANK and stream and (stream.isatty() or now - self.printed > 10):
-            print_progress(line + (f"; all: about {left:.0f} min" if left else ""))
-            self.printed = now
+# ---------------------------------------------------------------- running, results, ranks
 
 
 @dataclass(frozen=True)
 class Run:
-    """A scenario-run: the methods on one draw of the training images."""
+    """The methods of a scenario on one random training subset."""
 
-    pair: tuple[str, str]  # source, target
-    ratio: int
-    root: Path | None  # of the real data; None: the built-in ones
-    network: int  # the seed of the source network
-    settings: Settings  # with the seed of the draw, but for how often it is validated
+    scenario: Scenario
+    protocol: Protocol
+    root: Path | None  # the folder of the real data, or None for built-in images
+    source_seed: int  # of the source network
+    settings: Settings  # its seed draws the subset; check_every is set when the subset is known
     methods: tuple[str, ...]
-    family: Family
-    searched: tuple[str, ...] = ()  # the methods that retrieve images, for Table 4
+    retrieval_methods: tuple[str, ...] = ()
 
     def title(self) -> str:
-        return f"{' -> '.join(self.pair)}, ratio {self.ratio}, seed {self.settings.seed}"
+        source, target, ratio = self.scenario[:3]
+        return f"{source} -> {target}, ratio {ratio}, seed {self.settings.seed}"
 
-    def source(self) -> tuple:
+    def identity(self, method: str) -> dict:
+        """The fields that identify a result, together with its settings."""
+        return {
+            **self.scenario._asdict(),
+            "source_network": self.source_seed,
+            "seed": self.settings.seed,
+            "method": method,
+        }
+
+    def source_key(self) -> tuple:
         """What the source network depends on."""
-        return self.pair[0], self.family.head, self.root, self.network
-
-    def head(self, method: str) -> dict:
-        """What a result begins with, and is known by."""
-        data = "real" if self.root else "built-in"
-        names = "source", "target", "ratio", "data", "network", "source_network", "seed", "method"
-        values = self.ratio, data, self.family.network, self.network, self.settings.seed, method
-        return dict(zip(names, (*self.pair, *values)))
+        return self.scenario.source, self.protocol.adapt_head, self.root, self.source_seed
 
     def path(self, method: str, out: Path) -> Path:
-        """The file of a result: named by its head, and by its settings on whichever device."""
-        key = md5(as_row(self.settings), self.family.protocol(self.ratio), *self.family.code)[:8]
-        return out / f"{'_'.join(map(str, self.head(method).values()))}_{key}.json"
+        """The file of a result. Its name has the identity, and a checksum of the settings."""
+        schedule = tuple(self.protocol.schedule(self.scenario.ratio))
+        settings = result_settings(self.settings)
+        key = checksum(settings, schedule, self.protocol.source_code)[:8]
+        identity = "_".join(str(value) for value in self.identity(method).values())
+        return out / f"{identity}_{key}.json"
 
-    def task(self, net: nn.Sequential, domain, report: Callable | None = None) -> Task:
-        """The draw of training images, validated as often as the family's protocol says."""
-        (_, _, steps), seed = self.family.protocol(self.ratio), self.settings.seed
-        train = shifts.subsample(domain["pool"], self.ratio, self.family.ratios[-1], seed)
-        epochs = max(1, round(steps / math.ceil(len(train[1]) / self.settings.batch_size)))
-        settings = replace(self.settings, check_every=epochs)
+    def task(self, net: nn.Sequential, domain: dict, report: Callable | None = None) -> Task:
+        """The task of this run, validated every so many steps as the schedule says."""
+        ratio = self.scenario.ratio
+        train = shifts.subsample(
+            domain["pool"], ratio, max(self.protocol.schedules), self.settings.seed
+        )
+        steps_per_epoch = math.ceil(len(train[1]) / self.settings.batch_size)
+        steps = self.protocol.schedule(ratio).steps_between_validations
+        check_every = max(1, round(steps / steps_per_epoch))
+        settings = replace(self.settings, check_every=check_every)
         return Task(net, train, domain["val"], settings, report)
 
     def cost(self) -> float:
-        """About how long it takes, for the time left: only the proportions of runs matter."""
-        trainings = 12 if "flex" in self.methods else len(self.methods)  # about: flex has most
-        image = {"4-layer": 1, "7-layer": 10}.get(self.family.network, 300 if self.root else 6)
-        return trainings * image * (self.ratio + 100)  # to validate takes as long as ratio 100
+        """Roughly how long the run takes compared with others, to estimate the time left."""
+        num_trainings = 12 if "flex" in self.methods else len(self.methods)
+        cost_of_network = {"4-layer": 1, "7-layer": 10, "Inception2": 300 if self.root else 6}
+        cost_per_image = cost_of_network.get(self.protocol.network, 300)
+        # A validation takes about as long as training on 100 images per class.
+        return num_trainings * cost_per_image * (self.scenario.ratio + 100)
 
 
-def as_row(settings: Settings) -> dict:
-    """What of the settings makes a result another one."""
-    others = ("device", "cache_bytes", "augment", "loss")  # the last two are no options here
-    return {name: value for name, value in vars(settings).items() if name not in others}
+def result_settings(settings: Settings) -> dict:
+    """The settings that change a result. `augment` and `loss` are not used here."""
+    ignored = ("device", "cache_bytes", "augment", "loss")
+    return {name: value for name, value in vars(settings).items() if name not in ignored}
 
 
-def md5(*parts) -> str:
-    """The checksum of tensors, and of anything else as text."""
+def checksum(*parts) -> str:
+    """The MD5 of tensors, and of other values as text."""
     digest = hashlib.md5(usedforsecurity=False)
     for part in parts:
         if isinstance(part, torch.Tensor):
@@ -431,8 +498,338 @@ def md5(*parts) -> str:
     return digest.hexdigest()
 
 
-def write(path: Path, content: bytes) -> None:
-    """The whole file or none. Raises OSError."""
+def make_runs(source: str, target: str, root: Path | None, args: argparse.Namespace) -> list[Run]:
+    """The runs of one source and target that are asked for. Raises ValueError."""
+    data = "real" if root else "built-in"
+    protocol = protocol_of(source, target, data)
+    if args.network:
+        if source == "ilsvrc" and data == "built-in":
+            raise ValueError("--network: in the place of Inception2 it needs real data (--data)")
+        protocol = replace(
+            protocol,
+            network=args.network.name,
+            build=args.network.build,
+            load=None,
+            required_files=(),
+            source_code=args.network.source_code,
+        )
+
+    asked = args.methods or METHODS.keys() - protocol.skipped_methods
+    methods = [method for method in METHODS if method in asked]
+    if args.image_to_image:
+        methods.append("flex-i2i")
+
+    # PACS can be tuned without the images of its source, ILSVRC, but they are needed for retrieval.
+    has_source_images = (
+        data == "built-in" or source != "ilsvrc" or shifts.DATASETS["ilsvrc"].is_complete(root)
+    )
+    retrieval_methods = TABLE_4_METHODS if 4 in args.table and has_source_images else ()
+    num_source_networks = args.source_networks if protocol.pretraining else 1
+
+    runs = []
+    smallest_ratio = min(protocol.schedules)
+    for ratio in sorted(args.ratio or protocol.schedules):
+        schedule = protocol.schedule(ratio)
+        num_runs = args.runs or (20 if ratio <= smallest_ratio else 1)
+        for number in range(num_runs):
+            settings = replace(
+                protocol.tuning,
+                batch_size=schedule.batch_size,
+                max_epochs=min(schedule.max_epochs, args.max_epochs or schedule.max_epochs),
+                seed=args.seed + number,
+                device=args.device,
+                cache_bytes=args.cache_gib * 1024**3,
+                bfloat16=args.bfloat16,
+            )
+            run = Run(
+                scenario=Scenario(source, target, ratio, data, protocol.network),
+                protocol=protocol,
+                root=root,
+                source_seed=number % num_source_networks,
+                settings=settings,
+                methods=tuple(methods),
+                retrieval_methods=retrieval_methods,
+            )
+            runs.append(run)
+    return runs
+
+
+def plan_runs(pairs: list[tuple[str, str]], args: argparse.Namespace) -> list[Run]:
+    """All runs that are asked for. Data are only downloaded for runs without a result.
+
+    Without --data, built-in images take the place of data that cannot be downloaded.
+    """
+    runs = []
+    for source, target in pairs:
+        root = None if args.data == "builtin" else Path(args.data or "data")
+        pair_runs = make_runs(source, target, root, args)
+        if root and any(missing_methods(run, args) for run in pair_runs):
+            names = shifts.needs(source, target) + list(pair_runs[0].protocol.required_files)
+            progress = Progress([1])
+            progress.title = "preparing the data"
+            try:
+                shifts.provide(names, root, progress.report)
+            except shifts.MissingError as error:
+                if args.data:
+                    raise
+                line = "*" * 99
+                print(f"{line}\n{source} -> {target}: {error}.\n{BUILT_IN_NOTICE}\n{line}")
+                pair_runs = make_runs(source, target, None, args)
+        runs += pair_runs
+    return runs
+
+
+def run_scenarios(pairs: list[tuple[str, str]], args: argparse.Namespace) -> None:
+    """Run what has no result yet, and show all results."""
+    create_folders(args)
+    if RANK > 0:
+        barrier("planned")  # rank 0 downloads first
+    runs = plan_runs(pairs, args)
+    if RANK == 0:
+        barrier("planned")
+    run_missing(runs, args)
+    barrier("finished")
+    if RANK == 0:
+        show_results(runs, args)
+
+
+def create_folders(args: argparse.Namespace) -> None:
+    """Create the folders of all outputs. What cannot be written fails now, not after training."""
+    folders = [args.out]
+    if args.figures:
+        folders.append(args.figures)
+    if args.save:
+        folders.append(args.save.parent)
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+def run_missing(runs: list[Run], args: argparse.Namespace) -> None:
+    """Run the methods that have no result yet. Each rank takes a share of the runs."""
+    pending = [run for run in runs if missing_methods(run, args)]
+    num_finished = len(runs) - len(pending)
+    if num_finished:
+        hint = "to run them again, name another --out or --seed"
+        print(f"{num_finished} of {len(runs)} runs have results in {args.out} ({hint})")
+
+    source_nets = {}
+
+    def source_net_of(run: Run) -> nn.Sequential:
+        key = run.source_key()
+        if key not in source_nets:
+            source_nets[key] = source_network(run, args)
+        return source_nets[key]
+
+    @cache
+    def gallery_of(source: str, root: Path | None) -> shifts.Data:
+        return shifts.load(source, None, root)["val"]
+
+    first_runs = list({run.source_key(): run for run in pending}.values())  # one per network
+    for index in claim("source networks", len(first_runs)):
+        source_net_of(first_runs[index])
+    barrier("pretrained")
+
+    progress = Progress([run.cost() if missing_methods(run, args) else 0 for run in runs])
+    loaded = None
+    for index in claim("runs", len(runs)):
+        run = replace(runs[index], methods=missing_methods(runs[index], args))
+        if not run.methods:
+            continue
+        progress.begin(index, run.title())
+        needed = (run.scenario.source, run.scenario.target, run.root)
+        if loaded != needed:
+            domain = None  # free its memory before the next domain is loaded
+            domain = shifts.load(*needed, progress.report)
+            loaded = needed
+        run_methods(run, source_net_of(run), domain, gallery_of, args, progress)
+    print_progress("")
+
+
+def missing_methods(run: Run, args: argparse.Namespace) -> tuple[str, ...]:
+    """The methods of a run that have no result yet, or one without Table 4's accuracy.
+
+    With --save all of them, because results do not have the networks.
+    """
+    missing = []
+    for method in run.methods:
+        row = load_result(run.path(method, args.out))
+        is_complete = row is not None
+        if is_complete and method in run.retrieval_methods:
+            is_complete = "retrieval" in row
+        if args.save or not is_complete:
+            missing.append(method)
+    return tuple(missing)
+
+
+def source_network(run: Run, args: argparse.Namespace) -> nn.Sequential:
+    """The source network: loaded, or trained on the source's images and then kept in args.out."""
+    protocol = run.protocol
+    source = run.scenario.source
+    net = protocol.load(run.root) if protocol.load else seeded(protocol.build, run.source_seed)
+    if protocol.adapt_head:
+        net = protocol.adapt_head(net)
+    net = net.to(memory_format=torch.channels_last)  # 1.1 to 1.7 times as fast
+    if protocol.pretraining is None:
+        return net
+
+    domain = shifts.load(source, None, run.root)
+    settings = replace(protocol.pretraining, seed=run.source_seed, device=args.device)
+    key = checksum(
+        result_settings(settings),
+        protocol.pretraining_epochs,
+        protocol.source_code,
+        *net.state_dict().values(),
+        *domain["source"],
+        *domain["val"],
+    )
+    path = args.out / f"{source}-{key}.pt"
+    state_dict = load_weights(path)
+    if state_dict is None:
+        progress = Progress([1])
+        progress.begin(0, f"pretraining on {source}")
+        task = Task(net, domain["source"], domain["val"], settings, progress.report)
+        trained = flextune.fine_tune(task, "all", protocol.pretraining_epochs).net.cpu()
+        save_weights(path, trained)
+        print_progress("")
+        state_dict = trained.state_dict()
+    net.load_state_dict(state_dict)
+    accuracy = flextune.accuracy(net, domain["test"], settings.top_k)
+    print(f"{source}: {protocol.network} network, {accuracy:.3f} on its own test images")
+    return net
+
+
+def run_methods(
+    run: Run,
+    net: nn.Sequential,
+    domain: dict[str, shifts.Data],
+    gallery_of: Callable[[str, Path | None], shifts.Data],
+    args: argparse.Namespace,
+    progress: "Progress",
+) -> None:
+    """Run the methods, and write each result to args.out as soon as it is known."""
+    num_trainings = len(net) + 6  # of all methods together, approximately
+
+    def report(text: str) -> None:
+        progress.report(text, part=len(task.results) / num_trainings)
+
+    task = run.task(net, domain, report)
+
+    @cache  # several methods can return the same network
+    def test_accuracy(tuned_net: nn.Sequential) -> float:
+        return flextune.accuracy(tuned_net, domain["test"], run.settings.top_k)
+
+    saved_method = "flex" if "flex" in run.methods else run.methods[-1]
+    for method in run.methods:
+        progress.title = f"{run.title()}, {method}"
+        if method == "flex-i2i":
+            outcome = flex_i2i(task, run.scenario.target)
+        else:
+            outcome = METHODS[method](task)
+        is_selection = isinstance(outcome, Selection)
+        result = outcome.result if is_selection else outcome
+
+        path = run.path(method, args.out)
+        row = run.identity(method)
+        row["images"] = len(task.train[1])
+        row["settings"] = result_settings(task.settings)
+        row["names"] = [flextune.label(net, unit) for unit in range(1, len(net) + 1)]
+        row.update(result_fields(result, test_accuracy))
+        if is_selection:
+            row.update(selection_fields(outcome, test_accuracy))
+        if method == "flex":
+            row["certainty"] = flextune.certainty(task, outcome)
+        if method == "flex-i2i":
+            row["image_pairs"] = write_image_pairs(outcome, domain["test"][0][:4], path)
+        if method in run.retrieval_methods:
+            images, labels = gallery_of(run.scenario.source, run.root)
+            gallery = images, gallery_labels(run.scenario, labels)
+            row["retrieval"] = retrieval(task.net, result.net, gallery, domain["test"])
+        write_atomically(path, json.dumps(row).encode())
+        if args.save and method == saved_method:
+            save_weights(args.save, result.net)
+
+
+def result_fields(result: Result, test_accuracy: Callable[[nn.Sequential], float]) -> dict:
+    """What a result file says of a tuned network."""
+    fields = {"val": result.accuracy, "test": test_accuracy(result.net)}
+    for name, value in vars(result).items():
+        if name not in ("net", "accuracy"):
+            fields[name] = value
+    return fields
+
+
+def selection_fields(selection: Selection, test_accuracy: Callable[[nn.Sequential], float]) -> dict:
+    """What a result file says of a selection. Its epochs and seconds are those of all trainings."""
+    trainings = list(selection.tuned.values())
+    if selection.one_epoch:
+        trainings.append(selection.one_epoch)
+    candidates = {}
+    for unit, result in selection.tuned.items():
+        candidates[unit] = result_fields(result, test_accuracy)
+    return {
+        "epochs": sum(training.epochs for training in trainings),
+        "seconds": sum(training.seconds for training in trainings),
+        "chosen": str(selection.chosen),
+        "best": str(selection.best),
+        "tied": [str(unit) for unit in selection.tied],
+        "proxies": selection.proxies,
+        "candidates": candidates,
+    }
+
+
+@torch.no_grad()
+def write_image_pairs(selection: Selection, x: torch.Tensor, result_path: Path) -> str:
+    """Write images before and after the image-to-image unit to a file beside the result.
+
+    The file holds uint8 [N, 2, H, W, channels], at most 64 x 64 pixels. Returns its name.
+    """
+    unit = selection.tuned[0].net[0]
+    before = x.to(next(unit.parameters()).device) / 255
+    after = unit(before).clamp(0, 1)
+    pairs = torch.stack([before, after], 1)  # (N, 2, channels, H, W)
+    side = min(64, x.shape[2])
+    small = nn.functional.interpolate(
+        pairs.flatten(0, 1), (side, side), mode="bilinear", antialias=True
+    )
+    pixels = (small * 255).round().byte().unflatten(0, pairs.shape[:2])
+    file = io.BytesIO()
+    np.save(file, pixels.permute(0, 1, 3, 4, 2).cpu().numpy())
+    path = result_path.with_suffix(".npy")
+    write_atomically(path, file.getvalue())
+    return path.name
+
+
+def load_result(path: Path) -> dict | None:
+    """A result as a dictionary. None if there is none, or none that this program has written."""
+    try:
+        row = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    # "num_trained" and "image_pairs" had other names in results of older programs.
+    if not isinstance(row, dict) or "num_trained" not in row or "pairs" in row:
+        return None
+    return row
+
+
+def save_weights(path: Path, net: nn.Module) -> None:
+    file = io.BytesIO()
+    torch.save(net.state_dict(), file)
+    write_atomically(path, file.getvalue())
+
+
+def load_weights(path: Path) -> dict | None:
+    """The state_dict in a file. None if there is none, or if it cannot be read."""
+    with contextlib.suppress(Exception):  # a broken file may raise anything
+        with zipfile.ZipFile(path) as file:
+            is_compressed = any(part.compress_type for part in file.infolist())
+        if not is_compressed:  # PyTorch does not compress, and what is compressed could be huge
+            return torch.load(path, weights_only=True)
+    return None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write the whole file or none. Raises OSError."""
     part = path.with_name(f"{path.name}.{token_hex(4)}.part")
     try:
         part.write_bytes(content)
@@ -441,456 +838,537 @@ def write(path: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def read_row(path: Path) -> dict | None:
-    """A result as it was written; None if there is none, or a broken one."""
-    with contextlib.suppress(Exception):  # a broken file may raise anything
-        row = json.loads(path.read_bytes())
-        return row if row.pop("md5") == md5(json.dumps(row)) else None
+class Progress:
+    """Reports on stderr what is running, and about how long all steps are going to take.
 
-
-def read_network(path: Path) -> dict | None:
-    """The state of a network as it was written; None if there is none, or a broken one."""
-    with contextlib.suppress(Exception), zipfile.ZipFile(path) as file:
-        if not any(part.compress_type for part in file.infolist()):  # else it could fill the memory
-            kept = torch.load(path, weights_only=True)
-            return kept["net"] if kept["md5"] == md5(*kept["net"], *kept["net"].values()) else None
-
-
-def execute(run: Run, net: nn.Sequential, domain, images, args, progress: Callable) -> None:
-    """The methods of a scenario-run, each with its result written to args.out.
-
-    `images` gives a source's validation images.
+    On a terminal there is one line, which changes. Elsewhere, each step begins a line, and then
+    there is a line every ten seconds. Under torchrun only rank 0 reports.
     """
 
-    def report(text: str) -> None:
-        """Called in the loop below: `task` and `method` are those of the present training."""
-        num_trainings = len(net) + 6  # of all methods together, about
-        progress(len(task.results) / num_trainings, f"{method}, {text}")
+    def __init__(self, costs: list[float]):
+        self.costs = costs  # of each step, in any unit
+        self.step = 0
+        self.title = ""
+        self.start_time = time.perf_counter()
+        self.last_printed = self.start_time
 
-    task = run.task(net, domain, report)
-    test = domain["test"]
-    methods = METHODS | {"flex-i2i": partial(flex_i2i, target=run.pair[1])}
-    accuracy = cache(partial(flextune.accuracy, data=test, top_k=run.settings.top_k))
+    def begin(self, step: int, title: str) -> None:
+        self.step = step
+        self.title = title
+        self.last_printed = -math.inf
+        self.report("")
 
-    def record(result: Result) -> dict:
-        row = {"val": result.accuracy, "test": accuracy(result.net)} | vars(result)
-        return {name: value for name, value in row.items() if name not in ("net", "accuracy")}
-
-    for method in run.methods:
-        choice = methods[method](task)
-        result = choice.result if isinstance(choice, Selection) else choice
-        row = run.head(method) | {"images": len(task.train[1]), "settings": as_row(task.settings)}
-        row["names"] = [flextune.label(net, unit) for unit in range(1, len(net) + 1)]
-        row |= record(result)
-        if isinstance(choice, Selection):
-            trainings = list(choice.tuned.values())
-            if choice.one_epoch:
-                trainings.append(choice.one_epoch)
-            row |= {
-                "epochs": sum(training.epochs for training in trainings),
-                "seconds": sum(training.seconds for training in trainings),
-                "chosen": str(choice.chosen),
-                "best": str(choice.best),
-                "tied": [str(unit) for unit in choice.tied],
-                "proxies": choice.proxies,
-                "candidates": {unit: record(one) for unit, one in choice.tuned.items()},
-            }
-            if method == "flex":
-                row["certainty"] = flextune.certainty(task, choice)
-            if method == "flex-i2i":
-                row["pairs"] = image_pairs(choice.tuned[0].net[0], test[0][:4])
-        if method in run.searched:
-            x, y = images(run.pair[0], run.root)
-            gallery = x, gallery_labels(run.pair, run.root, y)
-            row["retrieval"] = retrieval(task.net, result.net, gallery, test)
-        write(run.path(method, args.out), json.dumps(row | {"md5": md5(json.dumps(row))}).encode())
-        if args.save and method == ("flex" if "flex" in run.methods else run.methods[-1]):
-            write(args.save, saved(result.net.state_dict()))
+    def report(self, text: str, part: float = 0.0) -> None:
+        """Report that `part` of the present step is done, from 0 to 1."""
+        now = time.perf_counter()
+        is_terminal = sys.stderr is not None and sys.stderr.isatty()
+        if RANK > 0 or (now - self.last_printed <= 10 and not is_terminal):
+            return
+        line = f"[{self.step + 1}/{len(self.costs)}] {self.title}"
+        if text:
+            line += f", {text}"
+        done = sum(self.costs[: self.step]) + part * self.costs[self.step]
+        if done > 0:
+            seconds_left = (now - self.start_time) * (sum(self.costs) / done - 1)
+            line += f"; all: about {seconds_left / 60:.0f} min"
+        print_progress(line)
+        self.last_printed = now
 
 
-def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A new network, the same for the same seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return build()
+def print_progress(line: str) -> None:
+    """Print a line to stderr. On a terminal it replaces the one before; "" only clears it."""
+    if sys.stderr is None:  # it is closed
+        return
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns
+        print(f"\r{line[: width - 1]}\x1b[K", end="", file=sys.stderr, flush=True)
+    elif line:
+        print(line, file=sys.stderr, flush=True)
 
 
-@torch.no_grad()
-def image_pairs(unit: nn.Module, x: torch.Tensor) -> dict:
-    """Images [N, channels, H, W] before and after an image-to-image unit, for a JSON file."""
-    before = x.to(next(unit.parameters()).device) / 255
-    pairs = torch.stack([before, unit(before).clamp(0, 1)], 1).flatten(0, 1)
-    side = min(64, pairs.shape[2])
-    pairs = nn.functional.interpolate(pairs, (side, side), mode="bilinear", antialias=True)
-    pixels = (pairs * 255).round().byte().permute(0, 2, 3, 1).cpu().contiguous().numpy()
-    return {"shape": [len(x), 2, *pixels.shape[1:]], "hex": pixels.tobytes().hex()}
+# Under torchrun, every rank runs this program. Rank 0 downloads before the others start, and prints
+# the tables after they have finished. In between, whichever rank is free claims the next run, from
+# a counter in torchrun's store. When torchrun restarts all ranks, the store still has the keys of
+# the attempt before. So keys begin with the number of the attempt.
+
+IS_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
+RANK = int(os.environ["RANK"]) if IS_TORCHRUN else 0
+NUM_RANKS = int(os.environ["WORLD_SIZE"]) if IS_TORCHRUN else 1
 
 
-def source_network(run: Run, args) -> nn.Sequential:
-    """The source network: read, or trained once on the source's images and then kept in --out."""
-    family, name = run.family, run.pair[0]
-    if run.root and family.weights:
-        return family.head(family.weights(run.root)).to(memory_format=torch.channels_last)
-    domain, net = shifts.load(name, None, run.root), seeded(family.build, run.network)
-    settings = replace(family.pretraining, seed=run.network, device=args.device)
-    data, weights = (*domain["source"], *domain["val"]), net.state_dict().values()
-    parts = *weights, as_row(settings), family.epochs, *data, *family.code
-    path = args.out / f"{name}-{md5(*parts)}.pt"
-    net = net.to(memory_format=torch.channels_last)  # 1.1 to 1.7 times as fast
-    if (state := read_network(path)) is None:
-        progress = Progress(1)
-        progress.begin(0, f"pretraining on {name}")
-        task = Task(net, domain["source"], domain["val"], settings, partial(progress, 0))
-        state = flextune.fine_tune(task, "all", family.epochs).net.cpu().state_dict()
-        write(path, saved({"net": state, "md5": md5(*state, *state.values())}))
-        print_progress("")
-    net.load_state_dict(state)
-    own = flextune.accuracy(net, domain["test"], settings.top_k)
-    print(f"{name}: {family.network} network, {own:.3f} on its own test images")
-    return net
+@cache
+def store():
+    from torch.distributed import PrefixStore, rendezvous
+
+    shared_store, _, _ = next(rendezvous("env://"))
+    shared_store.set_timeout(timedelta(days=30))
+    return PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], shared_store)
 
 
-def saved(content: dict) -> bytes:
-    file = io.BytesIO()
-    torch.save(content, file)
-    return file.getvalue()
+def barrier(point: str) -> None:
+    """Wait until all ranks have reached this point of the program."""
+    if NUM_RANKS > 1:
+        store().set(f"{point} {RANK}", "")
+        store().wait([f"{point} {rank}" for rank in range(NUM_RANKS)])
 
 
-def gallery_labels(pair: tuple[str, str], root: Path | None, y: torch.Tensor) -> torch.Tensor:
-    """The labels of the source's images: of ILSVRC's for PACS the classes of its head, or -1."""
-    if not root or pair[1] not in shifts.PACS:
-        return y
-    rows = torch.full((1000,), -1)
-    rows[list(models.PACS_ROWS.values())] = torch.arange(len(models.PACS_ROWS))
-    return rows[y]
-
-
-def literal(task: Task, units: list[int], epochs: int | None = None):
-    """`flextune.fine_tune` as anyone would write it: the whole network in every step. The tests
-    compare ours with it. Returns (network, accuracy, epochs)."""
-    net, settings, last = copy.deepcopy(task.net), task.settings, epochs or task.settings.max_epochs
-    tuned = nn.ModuleList(net[unit - 1] for unit in units).requires_grad_(True)
-    optimizer = torch.optim.Adam(tuned.parameters(), lr=settings.lr)
-    order, best, stale = torch.Generator().manual_seed(settings.seed), -1.0, 0
-    x, y = flextune.prepare_batch(net, task.train[0]), task.train[1]
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        for epoch in range(1, last + 1):
-            for module in tuned.train().modules():
-                module.training &= not isinstance(module, nn.BatchNorm2d)
-            for batch in torch.randperm(len(y), generator=order).split(settings.batch_size):
-                optimizer.zero_grad()
-                nn.functional.cross_entropy(net(x[batch]), y[batch]).backward()
-                optimizer.step()
-            if epoch % settings.check_every and epoch < last:
-                continue
-            a = task.accuracy(net.eval())
-            stale = 0 if epochs or a > best else stale + 1
-            if not stale:
-                best, state = a, copy.deepcopy(net.state_dict())
-            elif stale == settings.patience:
-                break
-    net.load_state_dict(state)
-    return net, best, epoch
-
-
-def run_benchmark(runs: list[Run], args) -> None:
-    """flex by the literal loop and by ours, by turns: what each takes and what it gives."""
-    for run in runs:
-        net, domain = source_network(run, args), shifts.load(*run.pair, run.root)
-        print(f"\n{run.title()}, flex: seconds, and validation accuracies of the candidates")
-        for _ in range(3):
-            task, start = run.task(net, domain), time.perf_counter()
-            units = *([unit] for unit in flextune.candidates(net)), [*range(1, len(net) + 1)]
-            theirs = [literal(task, mine)[1] for mine in units]
-            middle = time.perf_counter()
-            ours = [one.accuracy for one in flextune.flex(task).tuned.values()]
-            times = middle - start, time.perf_counter() - middle
-            for name, seconds, all_ in zip(("literal", "ours"), times, (theirs, ours)):
-                print(f"{name:7} {seconds:8.1f} ", *(f"{a:.4f}" for a in all_))
-            print(f"{times[0] / times[1]:.2f} times as fast")
+def claim(items: str, num_items: int) -> Iterator[int]:
+    """The numbers from 0 to num_items - 1, each in only one of the ranks."""
+    if NUM_RANKS == 1:
+        yield from range(num_items)
+        return
+    while True:
+        index = store().add(items, 1) - 1
+        if index >= num_items:
+            return
+        yield index
 
 
 # ---------------------------------------------------------------- tables
 
-BUILT_IN = "BUILT-IN DATA: drawn by shifts.py, no figure compares with the paper's"
-DATA = {"real": "real data", "built-in": BUILT_IN}
-Groups = dict[tuple, dict[str, list[dict]]]
+BUILT_IN_NOTICE = "BUILT-IN DATA: drawn by shifts.py, no figure compares with the paper's"
+DATA_NOTICES = {"real": "real data", "built-in": BUILT_IN_NOTICE}
+
+Results = dict[str, list[dict]]  # the rows (result files) of each method, one row per run
 
 
-def grouped(rows: list[dict]) -> Groups:
-    """The result rows, by scenario and by method: all that tables and figures are made of."""
-    groups = defaultdict(lambda: defaultdict(list))
+def group_rows(rows: list[dict]) -> dict[Scenario, Results]:
+    """The rows of all results, by scenario and method: all that tables and figures show."""
+    groups = {}
     for row in rows:
-        scenario = tuple(row[n] for n in ("source", "target", "ratio", "data", "network"))
-        groups[scenario][row["method"]].append(row)
+        scenario = Scenario(*(row[field] for field in Scenario._fields))
+        results = groups.setdefault(scenario, {})
+        results.setdefault(row["method"], []).append(row)
     return groups
 
 
-def by_network(groups: Groups, title: str) -> Iterator[Groups]:
-    """The scenarios of each network, its name and kind of data printed below the title."""
-    parts = defaultdict(dict)
-    for scenario, methods in groups.items():
-        source, _, _, data, network = scenario
-        top_k = next(iter(methods.values()))[0]["settings"]["top_k"]
-        parts[f"{source}, {network} network, top-{top_k}, {DATA[data]}"][scenario] = methods
-    for kind, part in parts.items():
-        print(f"\n{title}, {kind}")
-        yield part
+def by_network(groups: dict[Scenario, Results]) -> dict[str, dict[Scenario, Results]]:
+    """The scenarios that share a table, by its heading: those of one source, network and data."""
+    tables = defaultdict(dict)
+    for scenario, results in groups.items():
+        first_row = next(iter(results.values()))[0]
+        top_k = first_row["settings"]["top_k"]
+        network = f"{scenario.source}, {scenario.network} network"
+        heading = f"{network}, top-{top_k}, {DATA_NOTICES[scenario.data]}"
+        tables[heading][scenario] = results
+    return tables
 
 
-def average(rows: list[dict], name: str = "test") -> float:
-    return statistics.mean(row[name] for row in rows)
+def mean_of(rows: list[dict], field: str) -> float:
+    return statistics.mean(row[field] for row in rows)
 
 
-def mean(rows: Iterable[dict], name: str) -> str:
-    """The mean over the rows that have it, and of several the standard deviation."""
-    values = [row[name] for row in rows if name in row]
-    spread = f" \u00b1 {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}" if values else "-"
+def format_mean(rows: list[dict], field: str) -> str:
+    """The mean over the rows that have the field, and the standard deviation of several."""
+    values = [row[field] for row in rows if field in row]
+    if not values:
+        return "-"
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{statistics.mean(values):.3f} \u00b1 {statistics.stdev(values):.3f}"
 
 
-def print_columns(table: list[list[str]], left: int) -> None:
-    """The columns side by side, the first `left` of them aligned to the left."""
-    widths = [max(map(len, column)) for column in zip(*table)]
+def print_columns(table: list[list[str]], num_left_aligned: int) -> None:
+    """Print a list of lines with equally many cells. The first columns are aligned to the left."""
+    widths = [max(len(cell) for cell in column) for column in zip(*table)]
     for line in table:
-        cells = [cell.rjust(width) for cell, width in zip(line, widths)]
-        cells[:left] = [cell.ljust(width) for cell, width in zip(line[:left], widths)]
+        cells = []
+        for column, (cell, width) in enumerate(zip(line, widths)):
+            is_left_aligned = column < num_left_aligned
+            cells.append(cell.ljust(width) if is_left_aligned else cell.rjust(width))
         print("  ".join(cells).rstrip())
 
 
-def print_scenario(scenario: tuple, methods: dict[str, list[dict]]) -> None:
-    """The tables of one scenario: its methods, its units, and how sure flex is."""
-    source, target, ratio, data, _ = scenario
-    rows = [row for mine in methods.values() for row in mine]
-    first, runs = rows[0], len({row["seed"] for row in rows})
-    numbered = {str(number): name for number, name in enumerate(first["names"], 1)}
-    print(f"\n{source} -> {target}, ratio {ratio}: {first['images']} training images", end=", ")
-    print(f"{runs} run{'s' * (runs > 1)}, top-{first['settings']['top_k']} accuracy\n{DATA[data]}")
-    known = comparable(scenario)
-    table = [["method", "validation", "test", "epochs", "seconds", *["paper"] * known, ""]]
-    for method, mine in methods.items():
-        worse = any(row["val"] < row["history"][0][1] for row in mine)  # in a run or more
-        notes = ["below the source"] * worse + ["diverged"] * any(row["diverged"] for row in mine)
-        costs = f"{average(mine, 'epochs'):.0f}", f"{average(mine, 'seconds'):.1f}"
-        theirs = [str(paper(scenario, method) or "not published")] * known
-        accuracies = mean(mine, "val"), mean(mine, "test")
-        table.append([method, *accuracies, *costs, *theirs, ", ".join(notes)])
-    print_columns(table, left=1)
-    if any("candidates" in row for row in rows):
-        print_units(rows, {"0": "0 image-to-image", **numbered, "all": "all"}, runs)
-    for method in PROXIES:
-        if method in methods and (order := supplement(scenario, method)):
-            best = ", ".join(numbered[str(unit)] for unit in order[:4])
-            print(f"best proxies of {method} in the paper's supplement: {best}, ...")
-    if flex := [row["certainty"] for row in methods.get("flex", ())]:
-        lead, error, bound = (average(flex, name) for name in ("lead", "standard_error", "bound"))
-        print(f"flex's choice leads the next by {lead:.3f} \u00b1 {error:.3f} on the", end=" ")
-        print(f"validation set (there, with probability 95%, all are within {bound:.3f})")
-        if ties := sum(len(row["tied"]) > 1 for row in methods["flex"]):
-            print(f"it is tied in {ties} of {runs} runs: the smallest unit is taken")
+def print_scenario(scenario: Scenario, results: Results) -> None:
+    """All that is known of one scenario."""
+    print_methods(scenario, results)
+    print_units(results)
+    print_published_proxies(scenario, results)
+    if "flex" in results:
+        print_certainty(results["flex"])
 
 
-def print_units(rows: list[dict], candidates: dict[str, str], runs: int) -> None:
-    """A line for each candidate: its accuracies, and which algorithms chose it (how often)."""
-    table = [["unit", "validation", "test", *(f"proxy ({m})" for m in PROXIES), "chosen by"]]
-    proxies = [[row["proxies"] for row in rows if row["method"] == m] for m in PROXIES]
+def print_methods(scenario: Scenario, results: Results) -> None:
+    """The accuracies and costs of each method, next to the paper's test accuracy."""
+    first_rows = next(iter(results.values()))
+    num_images = first_rows[0]["images"]
+    top_k = first_rows[0]["settings"]["top_k"]
+    num_runs = max(len(rows) for rows in results.values())
+    runs = "1 run" if num_runs == 1 else f"{num_runs} runs"
+    transfer = f"{scenario.source} -> {scenario.target}, ratio {scenario.ratio}"
+    print(f"\n{transfer}: {num_images} training images, {runs}, top-{top_k} accuracy")
+    print(DATA_NOTICES[scenario.data])
+
+    has_paper = is_paper_setting(scenario)
+    heading = ["method", "validation", "test", "epochs", "seconds"]
+    if has_paper:
+        heading.append("paper")
+    table = [[*heading, ""]]
+    for method, rows in results.items():
+        line = [method, format_mean(rows, "val"), format_mean(rows, "test")]
+        line.append(f"{mean_of(rows, 'epochs'):.0f}")
+        line.append(f"{mean_of(rows, 'seconds'):.1f}")
+        if has_paper:
+            published = published_accuracy(scenario, method)
+            line.append("not published" if published is None else f"{published:.3f}")
+        notes = []
+        if any(row["val"] < row["history"][0][1] for row in rows):
+            notes.append("below the source")
+        if any(row["diverged"] for row in rows):
+            notes.append("diverged")
+        line.append(", ".join(notes))  # if it is so in at least one run
+        table.append(line)
+    print_columns(table, num_left_aligned=1)
+
+
+def print_units(results: Results) -> None:
+    """The accuracies of each candidate, and which algorithms chose it."""
+    all_rows = [row for rows in results.values() for row in rows]
+    num_runs = max(len(rows) for rows in results.values())
+    candidates = {"0": "0 image-to-image"}
+    for number, name in enumerate(all_rows[0]["names"], start=1):
+        candidates[str(number)] = name
+    candidates["all"] = "all"
+
+    headings = [f"proxy ({method})" for method in PROXY_METHODS]
+    table = [["unit", "validation", "test", *headings, "chosen by"]]
     for unit, name in candidates.items():
-        tuned = {
-            row["seed"]: row["candidates"][unit]
-            for row in rows
-            if unit in row.get("candidates", ())
+        tuned = {}  # by seed: methods that tuned the same unit have the same network
+        for row in all_rows:
+            if unit in row.get("candidates", {}):
+                tuned[row["seed"]] = row["candidates"][unit]
+        accuracies = [format_mean(list(tuned.values()), field) for field in ("val", "test")]
+        for method in PROXY_METHODS:
+            proxies = [row["proxies"] for row in results.get(method, [])]
+            accuracies.append(format_mean(proxies, unit))
+        if set(accuracies) == {"-"}:
+            continue
+        times_chosen = Counter(row["method"] for row in all_rows if row.get("chosen") == unit)
+        chosen_by = []
+        for method, count in times_chosen.items():
+            chosen_by.append(f"{method} ({count} of {num_runs})" if num_runs > 1 else method)
+        table.append([name, *accuracies, ", ".join(chosen_by)])
+    if len(table) > 1:
+        print()
+        print_columns(table, num_left_aligned=len(table[0]))
+
+
+def print_published_proxies(scenario: Scenario, results: Results) -> None:
+    """The unit that has the best proxy in the paper's supplement."""
+    for method in PROXY_METHODS:
+        unit = published_best_proxy(scenario, method)
+        if method in results and unit is not None:
+            name = results[method][0]["names"][unit - 1]
+            print(f"best proxy of {method} in the paper's supplement: {name}")
+
+
+def print_certainty(flex_rows: list[dict]) -> None:
+    """How reliable the choice of flex is (see flextune.certainty)."""
+    certainties = [row["certainty"] for row in flex_rows if "certainty" in row]
+    if not certainties:
+        return
+    lead = mean_of(certainties, "lead")
+    standard_error = mean_of(certainties, "standard_error")
+    bound = mean_of(certainties, "bound")
+    print(
+        f"flex's choice leads the next by {lead:.3f} \u00b1 {standard_error:.3f} on the validation "
+        f"set (there, with probability 95%, all are within {bound:.3f})"
+    )
+    num_tied = sum(len(row["tied"]) > 1 for row in flex_rows)
+    if num_tied:
+        print(f"it is tied in {num_tied} of {len(flex_rows)} runs: the smallest unit is taken")
+
+
+def print_table_1(groups: dict[Scenario, Results]) -> None:
+    """What each method costs: by the paper's formula, and measured, as the mean over all runs."""
+    for heading, scenarios in by_network(groups).items():
+        print(f"\nTable 1, {heading}")
+        rows_of = defaultdict(list)
+        for results in scenarios.values():
+            for method, rows in results.items():
+                rows_of[method] += rows
+        single_units = []
+        all_units = []
+        for row in rows_of["flex"]:
+            for unit, candidate in row["candidates"].items():
+                if unit == "all":
+                    all_units.append(candidate)
+                else:
+                    single_units.append(candidate)
+
+        num_units = len(single_units) // len(all_units)
+        e_one = mean_of(single_units, "epochs")
+        e_all = mean_of(all_units, "epochs")
+        c_one = mean_of(single_units, "seconds") / e_one
+        c_all = mean_of(all_units, "seconds") / e_all
+        print(
+            f"L = {num_units}, E_one = {e_one:.1f} epochs, c_one = {c_one:.3f} s, "
+            f"E_all = {e_all:.1f} epochs, c_all = {c_all:.3f} s"
+        )
+        formulas = {
+            "flex": ("L E_one c_one + E_all c_all", num_units * e_one * c_one + e_all * c_all),
+            "fast-flex": ("E_one c_one + E_all c_all", e_one * c_one + e_all * c_all),
+            "faster-flex": ("E_one c_one + c_all", e_one * c_one + c_all),
+            "ft-fc-1": ("E_one c_one", e_one * c_one),
+            "ft-all": ("E_all c_all", e_all * c_all),
         }
-        found = [mean(tuned.values(), "val"), mean(tuned.values(), "test")]
-        found += [mean(mine, unit) for mine in proxies]
-        chosen = Counter(row["method"] for row in rows if row.get("chosen") == unit)
-        how_often = (m + f" ({n} of {runs})" * (runs > 1) for m, n in chosen.items())
-        if {*found} != {"-"}:  # else there is nothing to show
-            table.append([name, *found, ", ".join(how_often)])
-    print()
-    print_columns(table, left=len(table[0]))
-
-
-FORMULAS = {  # Table 1, of L, E_one c_one, E_all c_all and c_all
-    "flex": ("L E_one c_one + E_all c_all", lambda n, one, whole, epoch: n * one + whole),
-    "fast-flex": ("E_one c_one + E_all c_all", lambda n, one, whole, epoch: one + whole),
-    "faster-flex": ("E_one c_one + c_all", lambda n, one, whole, epoch: one + epoch),
-    "ft-fc-1": ("E_one c_one", lambda n, one, whole, epoch: one),
-    "ft-all": ("E_all c_all", lambda n, one, whole, epoch: whole),
-}
-
-
-def print_table_1(groups: Groups) -> None:
-    """Per network: what each method cost, in the mean of all runs, and by the formula."""
-    for part in by_network(groups, "Table 1"):
-        rows = {m: [row for mine in part.values() for row in mine.get(m, ())] for m in FORMULAS}
-        pairs = [pair for row in rows["flex"] for pair in row["candidates"].items()]
-        ones = [one for unit, one in pairs if unit != "all"]
-        alls = [one for unit, one in pairs if unit == "all"]
-        e_one, e_all = average(ones, "epochs"), average(alls, "epochs")
-        one, whole = average(ones, "seconds"), average(alls, "seconds")
-        n, c_all = len(ones) // len(alls), whole / e_all
-        print(f"L = {n}, E_one = {e_one:.1f} epochs, c_one = {one / e_one:.3f} s", end=", ")
-        print(f"E_all = {e_all:.1f} epochs, c_all = {c_all:.3f} s")
         table = [["method", "formula", "by formula, s", "epochs", "measured, s"]]
-        for method, (formula, cost) in FORMULAS.items():
-            if mine := rows[method]:
-                measured = average(mine, "epochs"), average(mine, "seconds")
-                costs = cost(n, one, whole, c_all), *measured
-                table.append([method, formula, *(f"{cost:.1f}" for cost in costs)])
-        print_columns(table, left=2)
+        for method, (formula, seconds) in formulas.items():
+            rows = rows_of[method]
+            if rows:
+                measured = [mean_of(rows, "epochs"), mean_of(rows, "seconds")]
+                costs = [f"{cost:.1f}" for cost in (seconds, *measured)]
+                table.append([method, formula, *costs])
+        print_columns(table, num_left_aligned=2)
 
 
-def print_table_3(groups: Groups) -> None:
-    """Test accuracy of each method, its deviation over the runs, and where the paper published
-    figures, those and the gap. How often each method is best, and the first proxy the paper's."""
-    for part in by_network(groups, "Table 3, test accuracy"):
-        present = {method for methods in part.values() for method in methods}
-        columns = [m for m in ("source", *SELECTIONS, *BASELINES) if m in present]
-        table, best, first = [["target, ratio (runs)", *columns]], Counter(), defaultdict(list)
-        for scenario, rows in part.items():
-            source, target, ratio, *_ = scenario
-            runs = {m: [row["test"] for row in rows[m]] for m in columns if m in rows}
-            ours = {m: round(statistics.mean(a), 3) for m, a in runs.items()}
-            theirs = {m: a for m in columns if (a := paper(scenario, m))}
-            baselines = {*BASELINES} - {*SCENARIOS[source, target].left_out}
-            spread = {m: f"{statistics.stdev(a):.3f} " for m, a in runs.items() if len(a) > 1}
-            name = f"{target}, {ratio} ({max(map(len, runs.values()))})"
-            lines = {name: marked(ours, baselines), "  deviation": spread}
-            if len(theirs) > 1:
-                common = ours.keys() & theirs.keys()
-                lines["  paper"] = marked(theirs, baselines)
-                lines["  difference"] = {m: f"{ours[m] - theirs[m]:+.3f} " for m in common}
-            for name, line in lines.items():
-                if line:
-                    table.append([name, *(line.get(m, "") for m in columns)])
-            highest = max(a for m, a in ours.items() if m != "source" or len(ours) == 1)
-            best.update(m for m in ours if ours[m] == highest)
-            for method in PROXIES:
-                order = supplement(scenario, method)
-                if order and (proxies := [row["proxies"] for row in rows.get(method, ())]):
-                    unit = max(proxies[0], key=partial(average, proxies))
-                    first[method].append(int(unit) == order[0])
-        print_columns(table, left=1)
+def print_table_3(groups: dict[Scenario, Results]) -> None:
+    """Test accuracy of every method in every scenario, next to the paper's where published."""
+    for heading, scenarios in by_network(groups).items():
+        print(f"\nTable 3, test accuracy, {heading}")
+        present = {method for results in scenarios.values() for method in results}
+        methods = [m for m in ("source", *SELECTIONS, *BASELINES) if m in present]
+        table = [["target, ratio (runs)", *methods]]
+        times_best = Counter()
+        for scenario, results in scenarios.items():
+            accuracies = {m: [row["test"] for row in results[m]] for m in methods if m in results}
+            # Compare what is printed: accuracies that are equal in three decimals are tied.
+            means = {m: round(statistics.mean(values), 3) for m, values in accuracies.items()}
+            for title, cells in table_3_lines(scenario, accuracies, means):
+                table.append([title, *(cells.get(method, "") for method in methods)])
+            times_best.update(best_methods(means))
+        print_columns(table, num_left_aligned=1)
         print("* better than every baseline (ft-)")
-        print(f"best in how many of {len(part)} scenarios, ties counting for each:", end=" ")
-        print(", ".join(f"{m} {best[m]}" for m in columns if best[m]), f"(paper, of 72: {TALLY})")
-        for method, same in first.items():
-            print(f"{method}: the best proxy is the supplement's in {sum(same)} of {len(same)}")
+        counts = ", ".join(f"{m} {times_best[m]}" for m in methods if times_best[m])
+        title = f"best in how many of {len(scenarios)} scenarios, ties counting for each"
+        print(f"{title}: {counts} (paper, of 72: {TIMES_BEST})")
+        print_proxy_agreement(scenarios)
 
 
-def marked(figures: dict[str, float], baselines: set[str]) -> dict[str, str]:
-    """Accuracies, with a star where a selection method beats all baselines, if these are there."""
-    to_beat = max(figures.get(m, 1) for m in baselines)
-    return {m: f"{a:.3f}" + " *"[m in SELECTIONS and a > to_beat] for m, a in figures.items()}
+def table_3_lines(
+    scenario: Scenario, accuracies: dict[str, list[float]], means: dict[str, float]
+) -> list[tuple[str, dict[str, str]]]:
+    """The lines of a scenario, as (title, {method: cell}): ours, deviation, paper, difference."""
+    skipped = protocol_of(scenario.source, scenario.target).skipped_methods
+    baselines = set(BASELINES) - set(skipped)
+    num_runs = max(len(values) for values in accuracies.values())
+    title = f"{scenario.target}, {scenario.ratio} ({num_runs})"
+    lines = [(title, with_stars(means, baselines))]
+
+    deviations = {}
+    for method, values in accuracies.items():
+        if len(values) > 1:
+            deviations[method] = f"{statistics.stdev(values):.3f} "
+    if deviations:
+        lines.append(("  deviation", deviations))
+
+    published = {}
+    for method in means:
+        accuracy = published_accuracy(scenario, method)
+        if accuracy is not None:
+            published[method] = accuracy
+    if set(published) - {"source"}:
+        differences = {m: f"{means[m] - published[m]:+.3f} " for m in published}
+        lines.append(("  paper", with_stars(published, baselines)))
+        lines.append(("  difference", differences))
+    return lines
 
 
-def print_table_4(groups: Groups) -> None:
-    """AP@10 of the target's test images in the source's validation images."""
-    for part in by_network(groups, "Table 4, mean AP@10"):
-        table = [["target, ratio", *RETRIEVAL]]
-        for scenario, methods in part.items():
-            _, target, ratio, *_ = scenario
-            found = (mean(methods.get(m, ()), "retrieval") for m in RETRIEVAL)
-            table.append([f"{target}, {ratio}", *found])
-            if comparable(scenario) and target in TABLE_4 and ratio in (12, 20):
-                table.append(["  paper", *(f"{a:.2f}" for a in TABLE_4[target])])
-        print_columns(table, left=1)
+def with_stars(accuracies: dict[str, float], baselines: set[str]) -> dict[str, str]:
+    """Accuracies as text, with a star where a selection method beats every baseline."""
+    is_complete = (
+        baselines <= accuracies.keys()
+    )  # there is no star as long as a baseline is missing
+    to_beat = max(accuracies[m] for m in baselines) if is_complete else math.inf
+    cells = {}
+    for method, accuracy in accuracies.items():
+        is_best = method in SELECTIONS and accuracy > to_beat
+        cells[method] = f"{accuracy:.3f}*" if is_best else f"{accuracy:.3f} "
+    return cells
+
+
+def best_methods(means: dict[str, float]) -> list[str]:
+    """All methods that share the highest accuracy."""
+    highest = max(means.values())
+    return [method for method, mean in means.items() if mean == highest]
+
+
+def print_proxy_agreement(scenarios: dict[Scenario, Results]) -> None:
+    """In how many scenarios the unit with the best proxy is the same as in the supplement."""
+    for method in PROXY_METHODS:
+        agreements = []
+        for scenario, results in scenarios.items():
+            published_unit = published_best_proxy(scenario, method)
+            if method in results and published_unit is not None:
+                proxies = [row["proxies"] for row in results[method]]
+                means = {unit: mean_of(proxies, unit) for unit in proxies[0]}
+                best_unit = max(means, key=means.get)
+                agreements.append(int(best_unit) == published_unit)
+        if agreements:
+            count = f"{sum(agreements)} of {len(agreements)}"
+            print(f"{method}: the best proxy is the supplement's in {count}")
+
+
+def print_table_4(groups: dict[Scenario, Results]) -> None:
+    """Mean AP@10 of retrieving the source's validation images with the target's test images."""
+    for heading, scenarios in by_network(groups).items():
+        print(f"\nTable 4, mean AP@10, {heading}")
+        table = [["target, ratio", *TABLE_4_METHODS]]
+        for scenario, results in scenarios.items():
+            line = [f"{scenario.target}, {scenario.ratio}"]
+            for method in TABLE_4_METHODS:
+                line.append(format_mean(results.get(method, []), "retrieval"))
+            table.append(line)
+            has_published = scenario.target in TABLE_4 and scenario.ratio in (12, 20)
+            if has_published and is_paper_setting(scenario):
+                published = [f"{value:.2f}" for value in TABLE_4[scenario.target]]
+                table.append(["  paper", *published])
+        print_columns(table, num_left_aligned=1)
         print("- was not run, or the source's images are not there")
+
+
+TABLES = {1: print_table_1, 3: print_table_3, 4: print_table_4}
 
 
 # ---------------------------------------------------------------- figures
 
 
-def canvas(width: float, height: float, rows: int = 1, columns: int = 1):
-    """A figure of matplotlib's, in inches, and its axes [rows, columns]."""
-    os.environ.pop("MPLBACKEND", None)  # a notebook's, which is not needed and may not be there
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
+    """A matplotlib figure, with its size in inches, and its axes [rows, columns]."""
+    os.environ.pop("MPLBACKEND", None)  # it may name a notebook's backend, which is not installed
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def figures_1(groups: Groups):
-    """For each target: accuracies of each candidate, a line per ratio, flex's pick marked."""
+def save_figure(figure, path: Path) -> None:
+    figure.savefig(path, dpi=150)
+    print(path)
+
+
+def draw_figure_1(groups: dict[Scenario, Results], folder: Path) -> None:
+    """For each target: the accuracies of all candidates, one line per ratio, and flex's choice."""
     targets = defaultdict(dict)
-    for (source, target, ratio, data, network), methods in groups.items():
-        targets[source, target, data, network][ratio] = methods["flex"]
-    for (source, target, data, network), ratios in targets.items():
-        figure, ((axes,),) = canvas(7, 4)
-        for number, (ratio, rows) in enumerate(ratios.items()):
-            *units, _ = candidates = [*rows[0]["candidates"]]
-            names = [*(rows[0]["names"][int(unit) - 1] for unit in units), "all"]
-            for split, line in (("test", "--"), ("val", "-")):
-                a = [average([row["candidates"][u] for row in rows], split) for u in candidates]
-                axes.plot(names, a, line, color=f"C{number}", label=f"{split}, ratio {ratio}")
-            place = candidates.index(statistics.mode(row["chosen"] for row in rows))
-            axes.plot(place, a[place], "v", color="blue", markersize=9)
-        axes.set(title=f"{source} → {target}, {network}, {data} data", ylabel="accuracy")
-        axes.tick_params(axis="x", rotation=45)
+    for scenario, results in groups.items():
+        source, target, ratio, data, network = scenario
+        targets[source, target, network, data][ratio] = results["flex"]
+    for (source, target, network, data), rows_by_ratio in targets.items():
+        figure, axes = new_figure(7, 4)
+        ax = axes[0, 0]
+        for number, (ratio, rows) in enumerate(rows_by_ratio.items()):
+            candidates = list(rows[0]["candidates"])
+            names = [candidate_name(rows[0], unit) for unit in candidates]
+            accuracies = {}
+            for split, line_style in (("test", "--"), ("val", "-")):
+                accuracies[split] = candidate_means(rows, split)
+                label = f"{split}, ratio {ratio}"
+                ax.plot(names, accuracies[split], line_style, color=f"C{number}", label=label)
+            chosen = candidates.index(statistics.mode(row["chosen"] for row in rows))
+            ax.plot(chosen, accuracies["val"][chosen], "v", color="blue", markersize=9)
+        ax.set(title=f"{source} → {target}, {network}, {data} data", ylabel="accuracy")
+        ax.tick_params(axis="x", rotation=45)
         figure.legend(title="▼ flex's pick", fontsize="small", loc="outside right upper")
-        yield f"figure-1-{source}-{target}-{network}-{data}", figure
+        save_figure(figure, folder / f"figure-1-{source}-{target}-{network}-{data}.png")
 
 
-def ranks_and_picks(groups: Groups) -> dict:
-    """Figure 2: by (source, network, data), and by target, the units' ranks and the picks.
+def candidate_name(row: dict, unit: str) -> str:
+    return "all" if unit == "all" else row["names"][int(unit) - 1]
 
-    The units are ranked by test accuracy at each ratio, from 0 for the worst, and the ranks summed.
-    `picks` has for each method the columns, from 0, that it chose in most runs of a ratio. Of
-    fast-flex that is before its line 10. The column after the last unit is "all".
+
+def candidate_means(rows: list[dict], split: str) -> list[float]:
+    """The mean accuracy of each candidate of flex on a split."""
+    means = []
+    for unit in rows[0]["candidates"]:
+        candidates = [row["candidates"][unit] for row in rows]
+        means.append(mean_of(candidates, split))
+    return means
+
+
+@dataclass
+class UnitRanks:
+    """A line of Figure 2: what is known of a target, over all of its ratios."""
+
+    rank_sums: dict[str, int]  # by unit: in how many comparisons its test accuracy is higher
+    picks: dict[str, set[str]]  # by method: the candidates that most runs of a ratio chose
+
+
+def rank_units(groups: dict[Scenario, Results]) -> dict[tuple, dict[str, UnitRanks]]:
+    """Figure 2: UnitRanks by (source, network, data), and by target.
+
+    At each ratio, the rank of a unit is the number of units with a lower test accuracy. The pick of
+    fast-flex is the one before its line 10, which may return ft-all instead.
     """
     panels = defaultdict(dict)
-    for (source, target, _, data, network), methods in groups.items():
-        *units, _ = columns = [*methods["flex"][0]["candidates"]]
-        nothing = dict.fromkeys(units, 0), {method: set() for method in SELECTIONS}
-        sums, picks = panels[source, network, data].setdefault(target, nothing)
-        tests = {u: average([row["candidates"][u] for row in methods["flex"]]) for u in units}
-        sums.update({u: sums[u] + sum(a > b for b in tests.values()) for u, a in tests.items()})
+    for scenario, results in groups.items():
+        source, target, _, data, network = scenario
+        means = dict(
+            zip(results["flex"][0]["candidates"], candidate_means(results["flex"], "test"))
+        )
+        del means["all"]
+        targets = panels[source, network, data]
+        if target not in targets:
+            no_picks = {method: set() for method in SELECTIONS}
+            targets[target] = UnitRanks(rank_sums=dict.fromkeys(means, 0), picks=no_picks)
+        for unit, accuracy in means.items():
+            rank = sum(accuracy > other for other in means.values())
+            targets[target].rank_sums[unit] += rank
         for method in SELECTIONS:
-            name = "best" if method == "fast-flex" else "chosen"
-            if mine := methods.get(method):
-                picks[method].add(columns.index(statistics.mode(row[name] for row in mine)))
+            if method in results:
+                field = "best" if method == "fast-flex" else "chosen"
+                pick = statistics.mode(row[field] for row in results[method])
+                targets[target].picks[method].add(pick)
     return panels
 
 
-def figures_2(groups: Groups):
-    """For each network and target: the units' ranks as shades, and the picks as triangles."""
-    panels = ranks_and_picks(groups)
-    figure, axes = canvas(7, 3 * len(panels), len(panels))
-    for ((source, network, data), targets), (ax,) in zip(panels.items(), axes):
-        ranks, picks = zip(*targets.values())
-        shades = [np.array([*sums.values(), 0]) / max(1, *sums.values()) for sums in ranks]
+def draw_figure_2(groups: dict[Scenario, Results], folder: Path) -> None:
+    """For each network and target: the ranks of the units as shades, the picks as triangles."""
+    panels = rank_units(groups)
+    figure, axes = new_figure(7, 3 * len(panels), rows=len(panels))
+    for ((source, network, data), targets), ax in zip(panels.items(), axes[:, 0]):
+        columns = [*next(iter(targets.values())).rank_sums, "all"]
+        shades = np.zeros((len(targets), len(columns)))  # "all" has no rank
+        for line, unit_ranks in enumerate(targets.values()):
+            rank_sums = list(unit_ranks.rank_sums.values())
+            shades[line, :-1] = np.array(rank_sums) / max(1, *rank_sums)
         ax.imshow(shades, cmap="Greys", vmin=0, vmax=1.5, aspect="auto")
-        for place, (method, color) in enumerate(zip(SELECTIONS, ("blue", "green", "red"))):
-            at = [(x + place / 4 - 0.25, y) for y, mine in enumerate(picks) for x in mine[method]]
-            name = method + " (line 7)" * (method == "fast-flex")
-            ax.plot([x for x, _ in at], [y for _, y in at], "^", color=color, label=name)
+        for number, (method, color) in enumerate(zip(SELECTIONS, ("blue", "green", "red"))):
+            x = []
+            y = []
+            for line, unit_ranks in enumerate(targets.values()):
+                for unit in unit_ranks.picks[method]:
+                    x.append(columns.index(unit) + number / 4 - 0.25)  # side by side
+                    y.append(line)
+            label = "fast-flex (line 7)" if method == "fast-flex" else method
+            ax.plot(x, y, "^", color=color, label=label)
         ax.set_yticks(range(len(targets)), targets)
-        ax.set_xticks(range(len(ranks[0]) + 1), [*ranks[0], "all\n(no rank)"])
+        ax.set_xticks(range(len(columns)), [*columns[:-1], "all\n(no rank)"])
         ax.set_title(f"{source}, {network} network, {data} data (darker: better)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    yield "figure-2", figure
+    save_figure(figure, folder / "figure-2.png")
 
 
-def figures_3(groups: Groups):
+def draw_figure_3(groups: dict[Scenario, Results], folder: Path, out: Path) -> None:
     """For each target, at its largest ratio: images before and after the image-to-image unit."""
-    last = {(*s[:2], s[3]): m["flex-i2i"][0] for s, m in groups.items() if "flex-i2i" in m}
-    if not last:
+    rows = {}
+    for scenario, results in groups.items():
+        if "flex-i2i" in results:  # ratios are in ascending order: the last one is kept
+            rows[scenario.source, scenario.target, scenario.data] = results["flex-i2i"][0]
+    if not rows:
         return
-    figure, axes = canvas(7.2, 1.1 * len(last), len(last), 4)
-    for ((source, target, data), row), line in zip(last.items(), axes):
-        images = np.frombuffer(bytes.fromhex(row["pairs"]["hex"]), np.uint8)
-        for ax, pair in zip(line, images.reshape(row["pairs"]["shape"])):  # [2, H, W, channels]
-            ax.imshow(np.concatenate([*pair], 1).squeeze(), cmap="gray", vmin=0, vmax=255)
+    figure, axes = new_figure(7.2, 1.1 * len(rows), rows=len(rows), columns=4)
+    for ((source, target, data), row), line_axes in zip(rows.items(), axes):
+        pairs = np.load(out / row["image_pairs"])  # (4, 2, H, W, channels)
+        for ax, (before, after) in zip(line_axes, pairs):
+            side_by_side = np.concatenate([before, after], axis=1).squeeze()
+            ax.imshow(side_by_side, cmap="gray", vmin=0, vmax=255)
             ax.set_axis_off()
         title = f"{source} → {target}, ratio {row['ratio']}, {data} data: before, after unit 0"
-        line[0].set_title(title, fontsize="x-small", loc="left")
-    yield "figure-3", figure
+        line_axes[0].set_title(title, fontsize="x-small", loc="left")
+    save_figure(figure, folder / "figure-3.png")
 
 
 # ---------------------------------------------------------------- command line
-
-TABLES = {1: print_table_1, 3: print_table_3, 4: print_table_4}
 
 
 class Parser(argparse.ArgumentParser):
@@ -898,22 +1376,29 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see --help")
 
 
-def whole(text: str, least: int = 1) -> int:
-    if not text.isdecimal() or len(text) > 5 or int(text) < least:
-        raise argparse.ArgumentTypeError(f"must be a whole number from {least} to 99999")
-    return int(text)
+class OwnNetwork(NamedTuple):
+    """The network of --network."""
+
+    name: str
+    build: Callable[[], nn.Sequential]
+    source_code: bytes
 
 
-def network(text: str) -> tuple[str, Callable[[], nn.Sequential], bytes]:
-    """The name and the function of FILE.py:FUNCTION, and what is in the file."""
+def own_network(text: str) -> OwnNetwork:
     file, _, function = text.rpartition(":")
     try:
-        code, build = Path(file).read_bytes(), runpy.run_path(file)[function]
+        build = runpy.run_path(file)[function]
         flextune.check_units(build())
-    except Exception as error:
-        what = "must be FILE.py:FUNCTION, whose function gives an nn.Sequential of units"
-        raise argparse.ArgumentTypeError(f"{what} ({error!r})") from error
-    return f"{Path(file).stem}.{function}", build, code
+        return OwnNetwork(f"{Path(file).stem}.{function}", build, Path(file).read_bytes())
+    except Exception as error:  # the file may raise anything
+        requirement = "must be FILE.py:FUNCTION, whose function returns an nn.Sequential of units"
+        raise argparse.ArgumentTypeError(f"{requirement} ({error!r})") from error
+
+
+def integer(text: str, minimum: int = 1) -> int:
+    if not text.isdecimal() or len(text) > 5 or int(text) < minimum:
+        raise argparse.ArgumentTypeError(f"must be a whole number from {minimum} to 99999")
+    return int(text)
 
 
 def device(text: str) -> str:
@@ -927,237 +1412,191 @@ def device(text: str) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    sources = list(dict.fromkeys(source for source, _ in SOURCE_ACCURACY))
+    targets = list(dict.fromkeys(target for _, target in SOURCE_ACCURACY))
+    integer_from_0 = partial(integer, minimum=0)
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    (sources, targets), zero = map(dict.fromkeys, zip(*SCENARIOS)), partial(whole, least=0)
 
-    def add(name, help, **options):
-        options = {"metavar": "X", **options} if options else {"action": "store_true"}
-        parser.add_argument(name, help=help, **options)
+    # fmt: off
+    group = parser.add_argument_group("what to run")
+    group.add_argument("--target", nargs="+", choices=targets, metavar="NAME",
+                       help="target domains (default: all); --list shows them")
+    group.add_argument("--source", choices=sources,
+                       help="source domain, if several have the target (default: all)")
+    group.add_argument("--ratio", nargs="+", type=integer, metavar="N",
+                       help="training images per class, approximately (default: all ratios)")
+    group.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME",
+                       help=f"any of {', '.join(METHODS)} (default: all)")
+    group.add_argument("--image-to-image", action="store_true",
+                       help="run flex also with an image-to-image unit as one more candidate")
+    group.add_argument("--runs", type=integer, metavar="N",
+                       help="random training subsets (default: 20 at the smallest ratio, else 1)")
+    group.add_argument("--seed", type=integer_from_0, default=0, metavar="N",
+                       help="seed of the first run; later runs count up (default: 0)")
+    group.add_argument("--source-networks", type=integer, default=1, metavar="N",
+                       help="source networks that the runs alternate between (default: 1)")
+    group.add_argument("--network", type=own_network, metavar="FILE.py:FUNCTION",
+                       help="function that returns another nn.Sequential of units")
 
-    add("--source", f"default: that of the targets; {' '.join(sources)}", choices=sources)
-    add("--target", "target domains (--list); default: all", nargs="+", choices=targets)
-    add("--ratio", "images per class, about (a share); default: all", nargs="+", type=whole)
-    add("--methods", f"default: all, {' '.join(METHODS)}", nargs="+", choices=METHODS)
-    add("--runs", "draws of the images; default: 20 at the smallest ratio, else 1", type=whole)
-    add("--seed", "of the first run, the next ones count up from it", type=zero, default=0)
-    add("--source-networks", "that the runs take by turns; default: 1", type=whole, default=1)
-    add("--max-epochs", "end every fine-tuning after so many epochs", type=whole)
-    add("--bfloat16", "fine-tune with bfloat16 products, faster where there are units for them")
-    add("--cache-gib", "memory for outputs of frozen units; default: 2", type=zero, default=2)
-    add("--network", "FILE.py:FUNCTION that gives another nn.Sequential of units", type=network)
-    add("--image-to-image", "flex also with an image-to-image unit before the network")
-    add("--table", "default: 3, if no --target", nargs="+", type=int, choices=TABLES, default=[])
-    add("--figures", "folder to draw the paper's figures in (needs matplotlib)", type=Path)
-    add("--data", "folder of real data, or builtin; default: data/, else built-in", type=str)
-    add("--device", "cpu, cuda or cuda:N; default: CUDA where there is one", type=device)
-    add("--out", "folder of the results; default: results", type=Path, default=Path("results"))
-    add("--save", "train, and write the network of flex, or else the last method", type=Path)
-    add("--list", "show all scenarios, and their data")
-    add("--benchmark", "time flex against the literal algorithm")
+    group = parser.add_argument_group("data and results")
+    group.add_argument("--data", metavar="DIR",
+                       help="folder of real data, or 'builtin' for built-in images "
+                            "(default: data/, and built-in images for what cannot be downloaded)")
+    group.add_argument("--out", type=Path, default=Path("results"), metavar="DIR",
+                       help="folder where results are written and looked up (default: results)")
+    group.add_argument("--table", nargs="+", type=int, choices=TABLES, default=[],
+                       help="tables of the paper to print (default: 3 without --target)")
+    group.add_argument("--figures", type=Path, metavar="DIR",
+                       help="folder to draw the paper's figures in (needs matplotlib)")
+    group.add_argument("--save", type=Path, metavar="FILE",
+                       help="save the weights of flex's network, or, if flex is not run, the last "
+                            "method's (trains even if there are results)")
+    group.add_argument("--list", action="store_true",
+                       help="list all scenarios, and whether their data are there")
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--device", type=device, metavar="NAME",
+                       help="cpu, cuda or cuda:N (default: cuda if available)")
+    group.add_argument("--max-epochs", type=integer, metavar="N",
+                       help="limit for every fine-tuning (default: the authors')")
+    group.add_argument("--bfloat16", action="store_true",
+                       help="fine-tune under bfloat16 autocast, faster on some processors")
+    group.add_argument("--cache-gib", type=integer_from_0, default=2, metavar="N",
+                       help="memory limit for cached outputs of frozen units (default: 2)")
+    # fmt: on
     return parser.parse_args(argv)
 
 
-def scenarios(args) -> list[tuple[str, str]]:
-    """The (source, target) pairs asked for. Raises ValueError."""
-    pairs = [pair for pair in SCENARIOS if args.source in (None, pair[0])]
-    for name in args.target or ():
+def select_pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """The (source, target) pairs that are asked for. Raises ValueError."""
+    pairs = [pair for pair in SOURCE_ACCURACY if args.source in (None, pair[0])]
+    for name in args.target or []:
         sources = [source for source, target in pairs if target == name]
         if not sources:
             raise ValueError(f"{args.source} has no target {name}: see --list")
         if len(sources) > 1 and not args.list:
             raise ValueError(f"target {name} needs --source: {' or '.join(sources)}")
-    pairs = [pair for pair in pairs if not args.target or pair[1] in args.target]
-    for pair in pairs:
-        largest = SCENARIOS[pair].ratios[-1]
-        if max(args.ratio or [0]) > largest:
-            raise ValueError(f"--ratio: the largest of {' -> '.join(pair)} is {largest}")
-    if args.data not in (None, "builtin") and not Path(args.data or "-").is_dir():
-        raise ValueError(f"--data: there is no folder {args.data}; for the drawn images: builtin")
-    runs = [run for pair in pairs for run in runs_of(pair, Path(), args)]
-    if args.save and (len(runs) > 1 or args.save.exists() and not args.save.is_file()):
-        raise ValueError("--save: name a file, and one --target, one --ratio and --runs 1")
-    if args.benchmark and (args.save or args.figures or args.table):
-        raise ValueError("--benchmark keeps nothing: leave out --save, --figures and --table")
-    if (args.figures or 1 in args.table) and "flex" not in (args.methods or METHODS):
-        raise ValueError("--figures and --table 1 need flex among the --methods")
-    if args.figures and not find_spec("matplotlib"):
-        raise ValueError("--figures needs matplotlib: pip install matplotlib")
+    if args.target:
+        pairs = [pair for pair in pairs if pair[1] in args.target]
     return pairs
 
 
+def check_options(pairs: list[tuple[str, str]], args: argparse.Namespace) -> None:
+    """Raise ValueError for options that do not fit together."""
+    for source, target in pairs:
+        largest = max(paper_ratios(source, target))
+        if args.ratio and max(args.ratio) > largest:
+            raise ValueError(f"--ratio: the largest of {source} -> {target} is {largest}")
+    has_folder = args.data in (None, "builtin") or (args.data and Path(args.data).is_dir())
+    if not has_folder:
+        hint = "for built-in images: --data builtin"
+        raise ValueError(f"--data: there is no folder {args.data!r}; {hint}")
+    if args.save:
+        runs = [run for pair in pairs for run in make_runs(*pair, Path(), args)]
+        is_file_name = not args.save.exists() or args.save.is_file()
+        if len(runs) > 1 or not is_file_name:
+            raise ValueError("--save: name a file, and one --target, one --ratio and --runs 1")
+    if (args.figures or 1 in args.table) and args.methods and "flex" not in args.methods:
+        raise ValueError("--figures and --table 1 need flex among the --methods")
+    if args.figures and not find_spec("matplotlib"):
+        raise ValueError("--figures needs matplotlib: pip install matplotlib")
+
+
 def print_scenarios(pairs: list[tuple[str, str]], data: str | None) -> None:
+    """--list: all scenarios, and whether their data are there."""
     table = [["source", "network", "target", "ratios", "accuracy", "data"]]
     for source, target in pairs:
-        family, found = SCENARIOS[source, target], []
-        for name in [*shifts.needs(source, target), *family.files]:
-            there = shifts.DATASETS[name].is_complete(Path(data or "data"))
-            found.append(f"{name} {'there' if there else 'missing'}")
-        found = ["built-in images"] if data == "builtin" else found
-        ratios, accuracy = " ".join(map(str, family.ratios)), f"top-{family.tuning.top_k}"
-        table.append([source, family.network, target, ratios, accuracy, ", ".join(found)])
-    print_columns(table, left=len(table[0]))
-
-
-def plan(pairs: list[tuple[str, str]], args) -> list[Run]:
-    """All scenario-runs asked for. Data are looked for only where something is to be run."""
-    runs, root = [], None if args.data == "builtin" else Path(args.data or "data")
-    for pair in pairs:
-        mine = runs_of(pair, root, args)
-        if root and any(missing(run, args) for run in mine):
-            names = [*shifts.needs(*pair), *mine[0].family.files]
-            try:
-                shifts.provide(names, root, partial(Progress(1), 0))
-            except shifts.MissingError as error:
-                if args.data:
-                    raise
-                print(f"{'*' * 99}\n{' -> '.join(pair)}: {error}.\n{BUILT_IN}\n{'*' * 99}")
-                mine = runs_of(pair, None, args)
-        runs += mine
-    return runs
-
-
-def runs_of(pair: tuple[str, str], root: Path | None, args) -> list[Run]:
-    """The scenario-runs of a scenario that are asked for, with their data in `root`."""
-    family, runs = SCENARIOS[pair], []
-    family = family if root else replace(family, **family.built_in)
-    if args.network:
-        name, build, code = args.network
-        if family.weights and not root:
-            raise ValueError("--network: in the place of Inception2 it needs real data (--data)")
-        weights = family.weights and (lambda root: build())
-        family = replace(family, network=name, build=build, weights=weights, files=(), code=(code,))
-    asked = args.methods or METHODS.keys() - family.left_out
-    methods = tuple(m for m in METHODS if m in asked) + ("flex-i2i",) * args.image_to_image
-    # Images to search are the source's: PACS can be run without those of ILSVRC.
-    there = not root or pair[0] != "ilsvrc" or shifts.DATASETS["ilsvrc"].is_complete(root)
-    searched = RETRIEVAL if there and 4 in args.table else ()
-    networks = 1 if root and family.weights else args.source_networks  # only one can be read
-    for ratio in sorted(set(args.ratio or family.ratios)):
-        batch_size, most, _ = family.protocol(ratio)
-        for number in range(args.runs or (20 if ratio <= family.ratios[0] else 1)):
-            settings = replace(
-                family.tuning,
-                batch_size=batch_size,
-                max_epochs=min(most, args.max_epochs or most),
-                seed=args.seed + number,
-                device=args.device,
-                cache_bytes=args.cache_gib << 30,
-                bfloat16=args.bfloat16,
+        protocol = protocol_of(source, target, "built-in" if data == "builtin" else "real")
+        if data == "builtin":
+            available = "built-in images"
+        else:
+            root = Path(data or "data")
+            names = shifts.needs(source, target) + list(protocol.required_files)
+            available = ", ".join(
+                f"{name} there" if shifts.DATASETS[name].is_complete(root) else f"{name} missing"
+                for name in names
             )
-            source = number % networks
-            runs.append(Run(pair, ratio, root, source, settings, methods, family, searched))
-    return runs
+        ratios = " ".join(str(ratio) for ratio in protocol.schedules)
+        top_k = f"top-{protocol.tuning.top_k}"
+        table.append([source, protocol.network, target, ratios, top_k, available])
+    print_columns(table, num_left_aligned=len(table[0]))
 
 
-def missing(run: Run, args) -> tuple[str, ...]:
-    """The methods of a run without a result, with one of an older program, or without Table 4's
-    figure."""
-    rows = {m: read_row(run.path(m, args.out)) or {} for m in run.methods}
-    # "num_trained" had another name in results of an older program.
-    wanted = {m: "retrieval" if m in run.searched else "num_trained" for m in run.methods}
-    return tuple(m for m in run.methods if args.save or wanted[m] not in rows[m])
-
-
-def run_scenarios(pairs: list[tuple[str, str]], args) -> None:
-    """Run what has no result yet, in this rank's share, and show all results."""
-    for folder in filter(None, (args.out, args.figures, args.save and args.save.parent)):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # it is better found now than after the training
-    if RANK:  # rank 0 downloads, then the others see what is there
-        reached("planned")
-    runs = plan(pairs, args)
-    if RANK == 0:
-        reached("planned")
-    if args.benchmark:
-        return run_benchmark(runs, args)
-    left = [missing(run, args) for run in runs]
-    if done := left.count(()):
-        print(f"{done} of {len(runs)} runs have results in {args.out} (for others: --out, --seed)")
-    sources = {run.source(): run for run, methods in zip(runs, left) if methods}
-    network = cache(lambda key: source_network(sources[key], args))
-    images = cache(lambda source, root: shifts.load(source, None, root)["val"])
-    for number in shared("sources", len(sources)):
-        network([*sources][number])
-    reached("pretrained")
-    progress = Progress(*(run.cost() * bool(methods) for run, methods in zip(runs, left)))
-    loaded = None
-    for number in shared("runs", len(runs)):
-        run = replace(runs[number], methods=missing(runs[number], args))
-        if run.methods:
-            progress.begin(number, run.title())
-            if loaded != (run.pair, run.root):
-                domain, loaded = None, (run.pair, run.root)  # one in memory at a time
-                domain = shifts.load(*run.pair, run.root, partial(progress, 0))
-            execute(run, network(run.source()), domain, images, args, progress)
-    print_progress("")
-    reached("finished")
-    if RANK == 0:
-        rows = [read_row(run.path(m, args.out)) for run in runs for m in run.methods]
-        if None in rows:
-            raise OSError(f"a result in {args.out} is gone since it was written: run this again")
-        show(grouped(rows), args)
-
-
-def show(groups: Groups, args) -> None:
-    """The scenarios of a --target each by itself, the tables and figures asked for."""
-    for scenario, methods in groups.items() if args.target else ():
-        print_scenario(scenario, methods)
-    for table in args.table or [3] * (not args.target):
+def show_results(runs: list[Run], args: argparse.Namespace) -> None:
+    """Print each scenario of a --target by itself, and the tables and figures that are asked for."""
+    rows = [load_result(run.path(method, args.out)) for run in runs for method in run.methods]
+    if None in rows:
+        raise OSError(f"a result in {args.out} is gone since it was written: run this again")
+    groups = group_rows(rows)
+    if args.target:
+        for scenario, results in groups.items():
+            print_scenario(scenario, results)
+    default_tables = [] if args.target else [3]
+    for table in args.table or default_tables:
         TABLES[table](groups)
-    for draw in (figures_1, figures_2, figures_3) if args.figures else ():
-        for name, figure in draw(groups):
-            figure.savefig(args.figures / f"{name}.png", dpi=150)
-            print(args.figures / f"{name}.png")
+    if args.figures:
+        draw_figure_1(groups, args.figures)
+        draw_figure_2(groups, args.figures)
+        draw_figure_3(groups, args.figures, args.out)
     print(f"\nevery figure, candidate and history: {args.out}/*.json")
     if args.save:
         print(f"the network is in {args.save}")
 
 
+def run_command(args: argparse.Namespace) -> None:
+    if NUM_RANKS > 1 and torch.cuda.is_available() and args.device in (None, "cuda"):
+        local_rank = int(os.environ["LOCAL_RANK"])
+        args.device = f"cuda:{local_rank % torch.cuda.device_count()}"
+    pairs = select_pairs(args)
+    check_options(pairs, args)
+    if args.list:
+        print_scenarios(pairs, args.data)
+    else:
+        run_scenarios(pairs, args)
+    print(end="", flush=True)  # if stdout cannot be written, the error is raised here
+
+
+def error_message(error: Exception, args: argparse.Namespace | None) -> str:
+    """One line for an error that the user can do something about."""
+    if args and re.search("out ?of ?memory|allocate|MemoryError|a primitive", repr(error)):
+        return f"out of memory: try less than --cache-gib {args.cache_gib}"
+    message = " ".join(str(error).split())
+    notes = getattr(error, "__notes__", [])  # they name the unit that was tuned
+    return ", ".join([message, *notes])
+
+
 def main(argv: list[str] | None = None) -> None:
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        # Keep freed memory: to get it anew in every step takes a third of a small network's time.
-        ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
-    torch.backends.cudnn.deterministic = True  # on CUDA: the same seed gives the same result
-    if TORCHRUN and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # a sum depends on the threads: the same for any number of ranks
+    """Run the command line. An ordinary mistake ends it with one line on stderr and status 2."""
+    torch.backends.cudnn.deterministic = True  # on CUDA, the same seed gives the same result
+    if RANK > 0:
+        sys.stdout = None  # only rank 0 prints
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # where "\u00b1" cannot be encoded, it is "?"
-    status, problem, args = 2, "", None
+        sys.stdout.reconfigure(errors="replace")  # "?" for characters that it cannot encode
+    args = None
     try:
         args = parse(argv)
-        if args.device in (None, "cuda") and torch.cuda.is_available() and RANKS > 1:
-            args.device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
-        with contextlib.redirect_stdout(None) if RANK else contextlib.nullcontext():
-            pairs = scenarios(args)
-            print_scenarios(pairs, args.data) if args.list else run_scenarios(pairs, args)
-        print(end="", flush=True)  # what cannot be printed is found here
+        run_command(args)
     except KeyboardInterrupt:
-        status, problem = 130, "interrupted; finished runs are in the folder of results"
+        stop(130, "interrupted; finished runs are in the folder of results")
     except (OSError, MemoryError, RuntimeError, ValueError) as error:
-        notes = getattr(error, "__notes__", [])  # which unit was tuned
-        message = " ".join(str(error).split())  # in one line
-        problem = ", ".join([f"error: {message}", *notes])
-        if args and re.search("out ?of ?memory|allocate|MemoryError|a primitive", repr(error)):
-            problem = f"error: out of memory: try less than --cache-gib {args.cache_gib}"
-        elif type(error) is RuntimeError and not (args and args.network):
-            raise
-    if problem:
-        print_progress("")
-        print(f"run_all.py: {problem}", file=sys.stderr)
-        flush_or_close_stdout()
-        sys.exit(status)
+        message = error_message(error, args)
+        is_out_of_memory = message.startswith("out of memory")
+        is_own_network = args is not None and args.network is not None
+        if type(error) is RuntimeError and not is_out_of_memory and not is_own_network:
+            raise  # it is not a mistake of the user
+        stop(2, f"error: {message}")
 
 
-def flush_or_close_stdout() -> None:
-    """Write what was printed; what cannot be written is dropped.
-
-    Otherwise the interpreter would try again at its end and exit with another status.
-    """
+def stop(status: int, message: str) -> None:
+    print_progress("")
+    print(f"run_all.py: {message}", file=sys.stderr)
+    # Write what was printed so far. If that is impossible, drop it: else the interpreter would try
+    # again at its end, and exit with another status.
     try:
         print(end="", flush=True)
     except OSError:
         sys.stdout = None
+    sys.exit(status)
 
 
 if __name__ == "__main__":

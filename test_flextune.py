@@ -155,6 +155,46 @@ def naive_accuracy(net, data, top_k=1):
     return (predictions == y[:, None]).any(1).double().mean().item()
 
 
+def naive_fine_tune(task, units, epochs=None):
+    """`flextune.fine_tune` as anyone would write it: the whole network runs in every step.
+
+    Returns (network, accuracy on D_val, epochs).
+    """
+    settings = task.settings
+    max_epochs = epochs or settings.max_epochs
+    net = copy.deepcopy(task.net)
+    tuned = nn.ModuleList(net[unit - 1] for unit in units).requires_grad_(True)
+    optimizer = torch.optim.Adam(tuned.parameters(), lr=settings.lr)
+    shuffle_rng = torch.Generator().manual_seed(settings.seed)
+    best_accuracy = -1.0
+    num_stale = 0
+    x, y = task.train
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        for epoch in range(1, max_epochs + 1):
+            tuned.train()
+            for module in tuned.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+            for batch in torch.randperm(len(y), generator=shuffle_rng).split(settings.batch_size):
+                optimizer.zero_grad()
+                cross_entropy(net(x[batch]), y[batch]).backward()
+                optimizer.step()
+            if epoch % settings.check_every != 0 and epoch < max_epochs:
+                continue
+            accuracy = naive_accuracy(net, task.val, settings.top_k)
+            if epochs or accuracy > best_accuracy:
+                best_accuracy = accuracy
+                best_state = copy.deepcopy(net.state_dict())
+                num_stale = 0
+            else:
+                num_stale += 1
+                if num_stale == settings.patience:
+                    break
+    net.load_state_dict(best_state)
+    return net, best_accuracy, epoch
+
+
 def naive_proxies(net, tuned, val, top_k):
     accuracies = {}
     for unit in (1, 2, 4, 5):
@@ -175,7 +215,7 @@ def test_algorithms_choose_what_a_naive_program_of_the_paper_chooses(
 ):
     net, train, val = in_float64(source, train, val)
     task = Task(net, train, val, replace(FAST, seed=seed, top_k=top_k))
-    naive = {unit: run_all.literal(task, list(numbers)) for unit, numbers in UNITS.items()}
+    naive = {unit: naive_fine_tune(task, list(numbers)) for unit, numbers in UNITS.items()}
     accuracies = {unit: accuracy for unit, (_, accuracy, _) in naive.items()}
 
     selection = flextune.flex(task)  # Algorithm 1
@@ -196,7 +236,7 @@ def test_algorithms_choose_what_a_naive_program_of_the_paper_chooses(
     assert selection.result.accuracy == accuracies[chosen]
 
     selection = flextune.faster_flex(task)  # Algorithm 3
-    naive_net, naive_one_epoch_accuracy, _ = run_all.literal(task, [1, 2, 3, 4, 5], epochs=1)
+    naive_net, naive_one_epoch_accuracy, _ = naive_fine_tune(task, [1, 2, 3, 4, 5], epochs=1)
     proxies = naive_proxies(net, naive_net, val, top_k)
     best = first_arg_max(proxies)  # line 6
     assert selection.proxies == proxies
@@ -540,7 +580,7 @@ def test_the_best_state_includes_what_is_not_in_the_state_dict(train, val):
     result = flextune.ft_all(task)
     assert result.epochs > result.best_epoch
     assert result.accuracy == flextune.accuracy(result.net, val)
-    expected_net, _, _ = run_all.literal(task, [1, 2, 3], epochs=result.best_epoch)
+    expected_net, _, _ = naive_fine_tune(task, [1, 2, 3], epochs=result.best_epoch)
     torch.testing.assert_close(result.net[1].mean, expected_net[1].mean)
 
 
@@ -958,8 +998,8 @@ def test_the_kind_of_image_to_image_unit_follows_the_shift():
         "transform-random": models.SpatialTransformer,
         "transform-fixed": models.SpatialTransformer,
     }
-    for _, target in run_all.SCENARIOS:
-        assert run_all.image_to_image(target) is kinds.get(target, models.UNet)
+    for _, target in run_all.SOURCE_ACCURACY:
+        assert run_all.image_to_image_unit(target) is kinds.get(target, models.UNet)
 
 
 # ---------------------------------------------------------------- shifts
@@ -1502,7 +1542,7 @@ def test_the_4_layer_network_learns_the_built_in_digits_and_every_shift_hurts(mo
     net = run_all.seeded(models.mnist_net, 0).to(memory_format=torch.channels_last)
     net = tune(net, "all", domain["source"], domain["val"], Settings(device="cpu"), epochs=4).net
     assert flextune.accuracy(net, domain["test"]) >= 0.97
-    for source, target in run_all.SCENARIOS:
+    for source, target in run_all.SOURCE_ACCURACY:
         if source == "mnist":
             shifted = shifts.load("mnist", target, None)["test"]
             assert flextune.accuracy(net, shifted) < 0.87, target
@@ -1673,9 +1713,9 @@ def test_built_in_images_are_the_same_every_time_and_balanced(name):
     assert torch.equal(a, b) and a.dtype == torch.uint8 and a.dim() == 4
     assert len(set(y.bincount().tolist())) == 1
     assert len(a.unique(dim=0)) == 180
-    for pair, family in run_all.SCENARIOS.items():
-        if name in pair:  # the paper's largest ratio
-            assert family.ratios[-1] * len(y.unique()) <= sizes["pool"]
+    for pair in run_all.SOURCE_ACCURACY:
+        if name in pair:  # there are enough images for the largest ratio
+            assert max(run_all.paper_ratios(*pair)) * len(y.unique()) <= sizes["pool"]
 
 
 # ---------------------------------------------------------------- command line
@@ -1698,14 +1738,16 @@ def quick(monkeypatch, tmp_path):
 
 
 def make_quick(monkeypatch):
-    for pair, family in run_all.SCENARIOS.items():
-        train = replace(family.pretraining, max_epochs=1)
-        once = {"pretraining": train, "epochs": 1, "steps": ((64, 2, 1),) * 4}
-        built_in = family.built_in | once
-        if pair[0] == "ilsvrc":
-            built_in["build"] = partial(models.inception2, classes=6, width=0.1)
-        short = replace(family, **once, built_in=built_in)
-        monkeypatch.setitem(run_all.SCENARIOS, pair, short)
+    once = run_all.Schedule(batch_size=64, max_epochs=2, steps_between_validations=1)
+    for data, protocols in run_all.PROTOCOLS.items():
+        for name, protocol in protocols.items():
+            short = {"schedules": dict.fromkeys(protocol.schedules, once)}
+            if protocol.pretraining:
+                short["pretraining"] = replace(protocol.pretraining, max_epochs=1)
+                short["pretraining_epochs"] = 1
+            if protocol.network == "Inception2" and protocol.build:
+                short["build"] = partial(models.inception2, classes=6, width=0.1)
+            monkeypatch.setitem(run_all.PROTOCOLS[data], name, replace(protocol, **short))
     monkeypatch.setattr(shifts, "_built_in", few_images)
     monkeypatch.setattr(shifts, "fetch", no_network)
 
@@ -1766,14 +1808,16 @@ def test_runs_take_the_source_networks_by_turns(quick):
     assert [row["source_network"] for row in results()] == [0, 1, 0]
 
 
-@pytest.mark.parametrize("source", run_all.FAMILIES)
+@pytest.mark.parametrize("source", ["mnist", "cifar", "quickdraw", "ilsvrc"])
 def test_every_scenario_runs(quick, source):
     """At each of the paper's ratios. All methods run on MNIST's smallest, cheap ones elsewhere."""
-    families = {pair[1]: one for pair, one in run_all.SCENARIOS.items() if pair[0] == source}
+    expected = []
+    for pair in run_all.SOURCE_ACCURACY:
+        if pair[0] == source:
+            expected += [(pair[1], ratio) for ratio in run_all.paper_ratios(*pair)]
     command = f"--source {source} --runs 1 --data builtin --methods"
     quick(f"{command} source ft-fc-1")
     ran = [(row["target"], row["ratio"]) for row in results()]
-    expected = [(target, ratio) for target, family in families.items() for ratio in family.ratios]
     assert ran[::2] == ran[1::2] == expected
     if source == "mnist":
         quick(f"{command} {' '.join(run_all.METHODS)} --ratio 3")
@@ -1783,30 +1827,41 @@ def test_every_scenario_runs(quick, source):
         assert results()[-1]["candidates"].keys() == {*map(str, range(1, 14)), "all"}
 
 
-@pytest.mark.parametrize(
-    "pair, protocol",  # images per step, most epochs, steps to a validation
-    [
-        (("mnist", "blurry"), [(16, 1000, 20), (32, 500, 50), (32, 100, 500), (32, 25, 4000)]),
-        (("ilsvrc", "sketch"), [(8, 2000, 100), (8, 1000, 150), (8, 150, 800)]),
-    ],
-)
-def test_the_authors_protocol(pair, protocol):
-    runs = run_all.runs_of(pair, Path("data"), run_all.parse(["--runs", "1"]))
-    for run, (size, most, steps) in zip(runs, protocol, strict=True):
-        assert run.family.protocol(run.ratio) == (size, most, steps) and run.settings.lr == 1e-4
-        assert (run.settings.batch_size, run.settings.max_epochs) == (size, most)
-    for ratio, same in ((1, 0), (5, 0), (150, 1)):  # others have the next smaller one's
-        assert runs[0].family.protocol(ratio) == protocol[same]
+def test_the_authors_protocol():
+    """Batch size, most epochs, and steps between validations, by ratio."""
+    args = run_all.parse(["--runs", "1"])
+    schedules = {
+        "blurry": [(16, 1000, 20), (32, 500, 50), (32, 100, 500), (32, 25, 4000)],
+        "sketch": [(8, 2000, 100), (8, 1000, 150), (8, 150, 800)],
+    }
+    for source, target in (("mnist", "blurry"), ("ilsvrc", "sketch")):
+        runs = run_all.make_runs(source, target, Path("data"), args)
+        for run, schedule in zip(runs, schedules[target], strict=True):
+            assert run.protocol.schedule(run.scenario.ratio) == schedule
+            assert run.settings.lr == 1e-4
+            assert (run.settings.batch_size, run.settings.max_epochs) == schedule[:2]
+        protocol = run_all.protocol_of(source, target)
+        # Another ratio has the schedule of the next smaller one.
+        assert protocol.schedule(1) == protocol.schedule(5) == schedules[target][0]
+        assert protocol.schedule(150) == schedules[target][1]
 
 
 def test_a_run_draws_by_its_seed_and_is_validated_after_the_authors_steps(source):
-    pair, (x, y), drawn = ("mnist", "blurry"), images(3000, seed=1), []
-    for seed, ratio, count, epochs in ((0, 300, 300, 26), (0, 3, 4, 20), (1, 3, 4, 20)):
-        settings = Settings(batch_size=16, device="cpu", seed=seed)
-        run = run_all.Run(pair, ratio, Path("data"), 0, settings, (), run_all.SCENARIOS[pair])
+    x, y = images(3000, seed=1)
+    drawn = []
+    # 500 steps of 19 an epoch, and 20 steps of one an epoch
+    for seed, ratio, num_images, epochs in ((0, 300, 300, 26), (0, 3, 4, 20), (1, 3, 4, 20)):
+        run = run_all.Run(
+            scenario=run_all.Scenario("mnist", "blurry", ratio, "real", "4-layer"),
+            protocol=run_all.MNIST,
+            root=Path("data"),
+            source_seed=0,
+            settings=Settings(batch_size=16, device="cpu", seed=seed),
+            methods=(),
+        )
         task = run.task(source, {"pool": (x, y), "val": (x[:4], y[:4])})
-        assert len(task.train[1]) == count
-        assert task.settings.check_every == epochs  # 500 steps of 19 an epoch; 20 of one
+        assert len(task.train[1]) == num_images
+        assert task.settings.check_every == epochs
         drawn.append(task.train[0])
     assert not torch.equal(drawn[1], drawn[2])
 
@@ -1841,40 +1896,45 @@ FIGURES = """
 12   Rotation                0.743  0.826 0.832 0.812 0.667 0.652 0.771"""
 
 
+def paper_scenario(source, target, ratio):
+    network = run_all.protocol_of(source, target).network
+    return run_all.Scenario(source, target, ratio, "real", network)
+
+
 def test_the_figures_of_the_paper():
-    columns = ["source", *run_all.SELECTIONS, "ft-fc-1", "ft-fc-2", "ft-ss", "ft-all"]
+    columns = ["source", *run_all.SELECTIONS, *run_all.BASELINES]
+    num_lines = 0
     for line in FIGURES.strip().splitlines():
         ratio, name, *figures = line.split()
         source, target = name.lower().split("/") if "/" in name else ("ilsvrc", name.lower())
         names = columns if "/" in name else [column for column in columns if column != "ft-fc-2"]
+        scenario = paper_scenario(source, target, int(ratio))
         for method, figure in zip(names, figures, strict=True):
-            scenario = source, target, int(ratio), "real", run_all.SCENARIOS[source, target].network
-            assert run_all.paper(scenario, method) == float(figure), line
-            for other in ("built-in", *scenario[4:]), ("real", "mine"):
-                assert run_all.paper((*scenario[:3], *other), method) is None
-    assert sum(len(family.ratios) for family in run_all.SCENARIOS.values()) == 72
-    assert len(run_all.PUBLISHED) == 9 * 6 + 12 * 7 + 5 * 6 and len(run_all.TARGETS) == 20
-    assert run_all.paper(("cifar", "blurry", 2, "real", "7-layer"), "flex") is None
+            assert run_all.published_accuracy(scenario, method) == float(figure), line
+            for other in ({"data": "built-in"}, {"network": "mine"}):
+                assert run_all.published_accuracy(scenario._replace(**other), method) is None
+        num_lines += 1
+    assert len(run_all.TABLE_3) == num_lines
+    assert len(run_all.SOURCE_ACCURACY) == 20
+    assert sum(len(run_all.paper_ratios(*pair)) for pair in run_all.SOURCE_ACCURACY) == 72
+    assert run_all.published_accuracy(paper_scenario("cifar", "blurry", 2), "flex") is None
     lines = (0.80, 0.47, 0.66, 0.53, 0.39), (0.75, 0.52, 0.80, 0.83, 0.85)  # ft-fc, ft-all
     table_4 = zip(*lines, (0.85, 0.85, 0.88, 0.86, 0.86))  # flex
     assert run_all.TABLE_4 == dict(zip(("yuv", "hsv", "art", "cartoon", "sketch"), table_4))
-    assert run_all.RETRIEVAL == ("ft-fc-1", "ft-all", "flex")
+    assert run_all.TABLE_4_METHODS == ("ft-fc-1", "ft-all", "flex")
 
 
-def test_the_supplement_has_each_unit_once_at_each_ratio():
-    for (source, target), family in run_all.SCENARIOS.items():
-        assert len(run_all.TARGETS[source, target][1]) == 2 * len(family.ratios)
-        units = {"4-layer": 4, "7-layer": 7, "Inception2": 13}[family.network]
+def test_the_supplement_has_a_unit_at_each_ratio():
+    num_units = {"4-layer": 4, "7-layer": 7, "Inception2": 13}
+    for source, target in run_all.SOURCE_ACCURACY:
         for method in ("fast-flex", "faster-flex"):
-            for ratio in (*family.ratios, 7):
-                scenario = source, target, ratio, "real", family.network
-                order = run_all.supplement(scenario, method)
-                assert len(order) >= 4 * (ratio != 7)  # which is not a ratio of the paper's
-                assert len({*order}) == len(order) and max(order, default=0) <= units
-    blurry, art = ("mnist", "blurry", 3, "real", "4-layer"), ("ilsvrc", "art", 2, "real")
-    assert run_all.supplement(blurry, "fast-flex") == [3, 4, 1, 2]
-    # 0, the source itself, is left out.
-    assert run_all.supplement((*art, "Inception2"), "faster-flex") == [3, 10, 13, 1]
+            for ratio in run_all.paper_ratios(source, target):
+                scenario = paper_scenario(source, target, ratio)
+                unit = run_all.published_best_proxy(scenario, method)
+                assert 1 <= unit <= num_units[scenario.network]
+            assert run_all.published_best_proxy(scenario._replace(ratio=7), method) is None
+    assert run_all.published_best_proxy(paper_scenario("cifar", "noisy", 20), "fast-flex") == 2
+    assert run_all.published_best_proxy(paper_scenario("ilsvrc", "art", 20), "faster-flex") == 9
 
 
 def row(method, seed, val, source=0.5, **more):
@@ -1893,7 +1953,7 @@ def test_the_tables_mark_what_a_reader_should_know(capsys):
         ones = {unit: {"val": a, "test": a}}
         more = {"proxies": {"1": 0.4}, "chosen": unit, "candidates": ones}
         rows.append(row("faster-flex", seed, a, **more))
-    run_all.print_scenario(*next(iter(run_all.grouped(rows).items())))
+    run_all.print_scenario(*next(iter(run_all.group_rows(rows).items())))
     table = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "0.500 \u00b1 0.141  0.500 \u00b1 0.141" in table["ft-all"]
     assert table["ft-all"].endswith("below the source")  # in one of the two runs
@@ -1914,7 +1974,7 @@ TESTS = {"1": 0.8, "2": 0.93, "3": 0.9, "4": 0.7, "all": 0.912}
 
 
 def printed(capsys, show, rows):
-    show(run_all.grouped(rows))
+    show(run_all.group_rows(rows))
     return [line.strip() for line in capsys.readouterr().out.splitlines()]
 
 
@@ -1973,21 +2033,21 @@ def test_table_3_counts_the_first_proxies_that_are_the_supplements(capsys):
     lines = printed(capsys, run_all.print_table_3, rows)
     assert "fast-flex: the best proxy is the supplement's in 1 of 2" in lines
     assert "faster-flex: the best proxy is the supplement's in 0 of 1" in lines
-    run_all.print_scenario(*next(iter(run_all.grouped(rows).items())))
+    run_all.print_scenario(*next(iter(run_all.group_rows(rows).items())))
     out = capsys.readouterr().out
-    first = "best proxies of fast-flex in the paper's supplement: 3 fc1, 2 conv2, 4 fc2, 1 conv1"
-    assert first in out and "best proxies of faster-flex" not in out
+    assert "best proxy of fast-flex in the paper's supplement: 3 fc1\n" in out
+    assert "best proxy of faster-flex" not in out
 
 
 def test_figure_2_sums_the_ranks_over_the_ratios():
     small = {"1": 0.8, "2": 0.5, "3": 0.8, "4": 0.7, "all": 0.9}
     rows = [flex_row(0, TESTS, "2"), flex_row(0, small, "all", ratio=3)]
     rows.append(row("fast-flex", 0, 0.9, ratio=3, chosen="all", best="3"))
-    ((panel, targets),) = run_all.ranks_and_picks(run_all.grouped(rows)).items()
+    ((panel, targets),) = run_all.rank_units(run_all.group_rows(rows)).items()
     assert panel == ("mnist", "4-layer", "real")
-    ranks, picks = targets["blurry"]
-    assert ranks == {"1": 1 + 2, "2": 3 + 0, "3": 2 + 2, "4": 0 + 1}  # how many are below each
-    assert picks == {"flex": {1, 4}, "fast-flex": {2}, "faster-flex": set()}
+    blurry = targets["blurry"]
+    assert blurry.rank_sums == {"1": 1 + 2, "2": 3 + 0, "3": 2 + 2, "4": 0 + 1}
+    assert blurry.picks == {"flex": {"2", "all"}, "fast-flex": {"3"}, "faster-flex": set()}
 
 
 def test_certainty_is_printed_with_the_choice(capsys):
@@ -1995,7 +2055,7 @@ def test_certainty_is_printed_with_the_choice(capsys):
     rows = [flex_row(0, TESTS, "2", certainty=sure)]
     rows += [flex_row(1, TESTS, "3", tied=["3", "4"], certainty=sure | {"lead": 0.020})]
     for runs, lead in ((1, "0.018"), (2, "0.019")):
-        run_all.print_scenario(*next(iter(run_all.grouped(rows[:runs]).items())))
+        run_all.print_scenario(*next(iter(run_all.group_rows(rows[:runs]).items())))
         out = capsys.readouterr().out
         assert f"by {lead} \u00b1 0.004" in out and "95%" in out and "within 0.023" in out
         assert ("tied in 1 of 2 runs" in out) == (runs == 2)
@@ -2003,13 +2063,15 @@ def test_certainty_is_printed_with_the_choice(capsys):
 
 def test_retrieval_for_pacs_is_in_all_of_ilsvrc_by_the_classes_of_the_head(tmp_path):
     y = torch.tensor([0, 167, 168, 385, 402, 339, 449, 999])
-    pacs, ilsvrc = ("ilsvrc", "sketch"), ("ilsvrc", "yuv")
-    assert run_all.gallery_labels(pacs, tmp_path, y).tolist() == [-1, 0, -1, 1, 3, 4, 5, -1]
-    assert run_all.gallery_labels(ilsvrc, tmp_path, y) is y
-    assert run_all.gallery_labels(pacs, None, y) is y
+    sketch = paper_scenario("ilsvrc", "sketch", 20)
+    assert run_all.gallery_labels(sketch, y).tolist() == [-1, 0, -1, 1, 3, 4, 5, -1]
+    assert run_all.gallery_labels(paper_scenario("ilsvrc", "yuv", 12), y) is y
+    assert run_all.gallery_labels(sketch._replace(data="built-in"), y) is y
     args = run_all.parse(["--table", "4", "--runs", "1"])
-    assert not run_all.runs_of(pacs, tmp_path, args)[0].searched  # ILSVRC has to be put there
-    assert run_all.runs_of(pacs, None, args)[0].searched == run_all.RETRIEVAL
+    run = run_all.make_runs("ilsvrc", "sketch", tmp_path, args)[0]
+    assert run.retrieval_methods == ()  # ILSVRC has to be put there
+    run = run_all.make_runs("ilsvrc", "sketch", None, args)[0]
+    assert run.retrieval_methods == run_all.TABLE_4_METHODS
 
 
 SWEEP = "--source mnist --target blurry svhn --ratio 3 30 --runs 2 --data builtin"
@@ -2017,7 +2079,7 @@ SWEEP = "--source mnist --target blurry svhn --ratio 3 30 --runs 2 --data builti
 
 def only_results(patch):
     """From here on nothing may be run or loaded."""
-    patch.setattr(run_all, "execute", lambda *_: pytest.fail("runs"))
+    patch.setattr(run_all, "run_methods", lambda *_: pytest.fail("runs"))
     patch.setattr(shifts, "load", lambda *_: pytest.fail("loads"))
 
 
@@ -2036,7 +2098,9 @@ def test_what_has_a_result_is_not_run_again(quick, capsys, monkeypatch):
     assert {p for p in files if p.stat().st_mtime_ns != files[p]} == {gone}
     quick(f"{command} --max-epochs 1")  # other settings, other results
     assert len(results()) == 32
-    monkeypatch.setattr(run_all, "execute", lambda *_: None)  # as if they were deleted meanwhile
+    monkeypatch.setattr(
+        run_all, "run_methods", lambda *_: None
+    )  # as if they were deleted meanwhile
     assert "is gone since" in fails(capsys, lambda: quick(f"{command} --seed 9"))
 
 
@@ -2051,8 +2115,12 @@ def test_image_to_image_retrieval_and_figures(quick, capsys, monkeypatch):
     assert "0 image-to-image" in capsys.readouterr().out
     rows = results()
     assert {row["method"] for row in rows if "retrieval" in row} == {"ft-all", "flex"}
-    i2i = [row["candidates"].keys() for row in rows if row["method"] == "flex-i2i"]
-    assert i2i == [{"1", "2", "3", "4", "all", "0"}] * 2
+    i2i_rows = [row for row in rows if row["method"] == "flex-i2i"]
+    assert len(i2i_rows) == 2
+    for row in i2i_rows:
+        assert row["candidates"].keys() == {"1", "2", "3", "4", "all", "0"}
+        pairs = np.load(Path("results") / row["image_pairs"])
+        assert pairs.shape == (4, 2, 28, 28, 1) and pairs.dtype == np.uint8
     drawn = {f"1-mnist-{name}-4-layer-built-in" for name in ("blurry", "transform-fixed")}
     drawn = {f"figure-{name}.png" for name in (*drawn, "2", "3")}
     assert {path.name for path in Path("new/figures").iterdir()} == drawn
@@ -2071,7 +2139,7 @@ import test_flextune
 with test_flextune.pytest.MonkeyPatch.context() as patch:
     test_flextune.make_quick(patch)
     if os.environ.get("RANK") == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        patch.setattr(test_flextune.run_all, "execute", lambda *_: os.kill(os.getpid(), 9))
+        patch.setattr(test_flextune.run_all, "run_methods", lambda *_: os.kill(os.getpid(), 9))
     test_flextune.run_all.main(sys.argv[1:])
 """
 
@@ -2120,14 +2188,16 @@ def test_the_saved_network_has_the_reported_accuracy(quick):
             assert flextune.accuracy(net, domain[split]) == row[split]
 
 
-def test_a_broken_source_network_or_result_is_made_anew(quick):
+def test_a_source_network_or_result_that_cannot_be_read_is_made_anew(quick):
     quick(f"{ONE} --methods source")
     good = results()
-    ((network,), (row,)) = ([*Path("results").glob(f"*.{kind}")] for kind in ("pt", "json"))
-    for path in (network, row):
+    (network_path,) = Path("results").glob("*.pt")
+    (result_path,) = Path("results").glob("*.json")
+    old_result = json.dumps({"val": 0.5}).encode()  # of a program that wrote other fields
+    for path, other in ((network_path, b"PK"), (result_path, old_result)):
         whole = path.read_bytes()
-        for content in (whole[:-9], whole[:500] + bytes([whole[500] ^ 1]) + whole[501:]):
-            row.unlink()
+        for content in (whole[:-9], b"", other):
+            result_path.unlink()
             path.write_bytes(content)
             quick(f"{ONE} --methods source")
             assert results() == good
@@ -2145,10 +2215,10 @@ def test_progress_tells_the_time_left(monkeypatch, capsys):
     now = iter([0, 1, 30, 31, 60])
     clock = types.SimpleNamespace(perf_counter=lambda: next(now))
     monkeypatch.setattr(run_all, "time", clock)
-    progress = run_all.Progress(1.0, 3.0)
+    progress = run_all.Progress([1.0, 3.0])
     progress.begin(0, "first")
-    progress(0.5, "half")  # 30 s for an eighth
-    progress(0.6, "not within ten seconds")
+    progress.report("half", part=0.5)  # 30 s for an eighth
+    progress.report("not within ten seconds", part=0.6)
     progress.begin(1, "second")  # 60 s for a quarter
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "[1/2] first" and lines[1] == "[1/2] first, half; all: about 4 min"
@@ -2192,15 +2262,6 @@ def test_list_shows_every_scenario_and_its_data(quick, capsys, mnist):
     assert capsys.readouterr().out.count("built-in images") == 20
 
 
-def test_benchmark(quick, capsys):
-    quick(f"{ONE} --benchmark")
-    out = capsys.readouterr().out
-    rows = re.findall(r"^(?:literal|ours) (.*)$", out, re.MULTILINE)
-    a = np.array([[*map(float, line.split()[1:])] for line in rows])
-    assert a.shape == (6, 5) and np.abs(a[::2] - a[1::2]).max() <= 0.04  # of 60 images, one or two
-    assert len(re.findall(r"\n\d+\.\d\d times as fast\n", out)) == 3
-
-
 @pytest.mark.parametrize(
     "command, message",
     [
@@ -2209,15 +2270,14 @@ def test_benchmark(quick, capsys):
         ("--source mnist --target blurry --ratio 0", "--ratio: must be a whole number from 1"),
         ("--ratio 30 --data builtin", "--ratio: the largest of ilsvrc -> yuv is 25"),
         ("--target blurry", "target blurry needs --source: mnist or cifar or quickdraw"),
-        ("--source mnist --target blurry --ratio 3 --data there", "there is no folder there"),
+        ("--source mnist --target blurry --ratio 3 --data there", "there is no folder 'there'"),
         ("--source mnist --target blurry --ratio 3 --data .", "train-images-idx3-ubyte.gz is miss"),
         (f"{ONE} --out /dev/null/x", "/dev/null"),
         (f"{ONE} --runs 2 --save net.pt", "--save: name a file, and one --target"),
-        (f"{ONE} --benchmark --save net.pt", "leave out --save, --figures and --table"),
         (f"{ONE} --methods ft-all --table 3 1", "--table 1 need flex among the --methods"),
         (f"{ONE} --methods ft-all --figures there", "--table 1 need flex among the --methods"),
         (f"{ONE} --network none.py:build", "of units (FileNotFoundError"),
-        (f"{ONE} --network net.py:nn", "gives an nn.Sequential of units (TypeError"),
+        (f"{ONE} --network net.py:nn", "returns an nn.Sequential of units (TypeError"),
         (f"{ONE} --network net.py:few", "labels must be from 0 to 2, the network's classes"),
         (f"{ONE} --network net.py:color", "to have 3 channels, but got 1 channels"),
         ("--device cuda:99", "--device: there is no cuda:99 on this machine"),
@@ -2270,7 +2330,7 @@ MEMORY = "error: out of memory: try less than --cache-gib 2"
         (RuntimeError("DefaultCPUAllocator: you tried to allocate 9 bytes"), 2, MEMORY),
     ],
 )
-@pytest.mark.parametrize("where", [(shifts, "load"), (run_all, "execute")])
+@pytest.mark.parametrize("where", [(shifts, "load"), (run_all, "run_methods")])
 def test_an_interrupt_and_too_little_memory(quick, capsys, monkeypatch, where, error, status, line):
     def fail(*_):
         raise error
@@ -2357,7 +2417,6 @@ def zipped(members):
 
 ARRAYS = {"X": ARRAY.reshape(2, 4, 7, 28), "y": ARRAY[:, :1, :1]}
 CIFAR = records(4, 0)
-ROW, STATE = {"val": 0.5}, {"0.weight": torch.eye(3)}
 EVERYTHING = 10**9  # a checksum covers the whole file
 FILES = {  # content, reader, what it gives, and how long what a file says of itself is
     "idx": (idx(ARRAY), lambda p: {"x": shifts.read_idx(p)}, {"x": ARRAY}, 16),
@@ -2370,10 +2429,6 @@ FILES = {  # content, reader, what it gives, and how long what a file says of it
     "mat": (mat(ARRAYS, compressed=True), shifts.read_mat, ARRAYS, EVERYTHING),
     "png": (lambda: photo_file((9, 99, 200)), lambda p: {"x": shifts.read_image(p)},
         {"x": torch.tensor([9, 99, 200]).byte()[:, None, None].expand(3, 20, 30)}, EVERYTHING),
-    "json": (json.dumps(ROW | {"md5": run_all.md5(json.dumps(ROW))}).encode(),
-        run_all.read_row, ROW, EVERYTHING),
-    "pt": (run_all.saved({"net": STATE, "md5": run_all.md5(*STATE, *STATE.values())}),
-        run_all.read_network, STATE, EVERYTHING),
 }  # fmt: skip
 
 
@@ -2418,7 +2473,7 @@ def test_no_file_fills_the_memory(tmp_path, monkeypatch):
             shifts._unpack(tmp_path / "archive", archive, tmp_path / "data")
     (tmp_path / "net.pt").write_bytes(zipped({"archive/data.pkl": bytes(1 << 20)}))
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpacks it"))
-    assert run_all.read_network(tmp_path / "net.pt") is None
+    assert run_all.load_weights(tmp_path / "net.pt") is None
     monkeypatch.setattr(shifts, "MAX_BYTES", 1 << 20)
     (tmp_path / "a.png").write_bytes(photo_file("red", (9000, 9000)))
     with pytest.raises(shifts.DataError, match="pixels"):
