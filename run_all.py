@@ -206,7 +206,7 @@ CIFAR = Protocol(
     build=models.cifar_net,
     pretraining=Settings(lr=1e-3, batch_size=50, max_epochs=50, check_every=3, patience=3),
     tuning=Settings(lr=1e-3),  # section 5.1; the authors' code does not say
-    schedules=dict(zip((2, 20, 200, 2000), MNIST.schedules.values())),  # MNIST's: not published
+    schedules=dict(zip((2, 20, 200, 2000), MNIST.schedules.values())),  # not published
 )
 QUICKDRAW = replace(CIFAR, build=partial(models.cifar_net, channels=1))
 ILSVRC = Protocol(
@@ -214,7 +214,9 @@ ILSVRC = Protocol(
     load=lambda root: models.load_inception2(root / "inception2.npz"),
     required_files=("inception2",),
     tuning=Settings(lr=1e-4, top_k=5),  # section 5.1; the authors' code stops by top-1 accuracy
-    schedules={  # authors' code for PACS; ratios of Table 2: their code has .01, .5 and 1 of all
+    # The authors' code for PACS, with the ratios of Table 2. For ILSVRC, their code does not have
+    # a schedule, and takes .01, .5 and 1 of the pool.
+    schedules={
         2: Schedule(batch_size=8, max_epochs=2000, steps_between_validations=100),
         12: Schedule(batch_size=8, max_epochs=1000, steps_between_validations=150),
         25: Schedule(batch_size=8, max_epochs=150, steps_between_validations=800),
@@ -303,8 +305,8 @@ def published_best_proxy(scenario: Scenario, method: str) -> int | None:
 # ---------------------------------------------------------------- methods
 
 
-def source(task: Task) -> Result:
-    """The source network, not tuned."""
+def untuned(task: Task) -> Result:
+    """The source network as it is."""
     return Result(
         net=task.net,
         units=(),
@@ -318,7 +320,7 @@ def source(task: Task) -> Result:
 
 
 METHODS = {
-    "source": source,
+    "source": untuned,
     "ft-fc-1": partial(flextune.ft_fc, n=1),
     "ft-fc-2": partial(flextune.ft_fc, n=2),
     "ft-ss": flextune.ft_ss,
@@ -383,11 +385,12 @@ def retrieval(
         gallery: Source images and labels. An image with a negative label is never relevant.
         queries: Target images and labels.
     """
-    gallery_features = features(source_net, gallery[0])  # (G, D)
-    gallery_labels = gallery[1]
-    query_features = features(tuned_net, queries[0])  # (N, D)
+    gallery_images, gallery_labels = gallery
+    query_images, query_labels = queries
+    gallery_features = features(source_net, gallery_images)  # (G, D)
+    query_features = features(tuned_net, query_images)  # (N, D)
     total = 0.0
-    for batch, labels in zip(query_features.split(256), queries[1].split(256)):
+    for batch, labels in zip(query_features.split(256), query_labels.split(256)):
         distance = torch.cdist(
             batch, gallery_features, compute_mode="donot_use_mm_for_euclid_dist"
         )  # (B, G)
@@ -397,7 +400,7 @@ def retrieval(
         num_relevant = (gallery_labels == labels[:, None]).sum(1)  # (B)
         average_precision = (precision * is_relevant).sum(1) / num_relevant.clamp(1, k)
         total += average_precision.sum().item()
-    return total / len(queries[1])
+    return total / len(query_labels)
 
 
 def features(net: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
@@ -408,10 +411,10 @@ def features(net: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
     return outputs.flatten(1)
 
 
-def gallery_labels(scenario: Scenario, labels: torch.Tensor) -> torch.Tensor:
-    """Labels of source images as classes of the target.
+def target_classes(scenario: Scenario, labels: torch.Tensor) -> torch.Tensor:
+    """The labels of source images, as classes of the target.
 
-    PACS has six of ILSVRC's classes. The others become -1.
+    PACS has six of ILSVRC's 1,000 classes. The others become -1.
     """
     if scenario.data == "built-in" or scenario.target not in shifts.PACS:
         return labels
@@ -528,7 +531,7 @@ def make_runs(source: str, target: str, root: Path | None, args: argparse.Namesp
 
     runs = []
     smallest_ratio = min(protocol.schedules)
-    for ratio in sorted(args.ratio or protocol.schedules):
+    for ratio in sorted(set(args.ratio or protocol.schedules)):
         schedule = protocol.schedule(ratio)
         num_runs = args.runs or (20 if ratio <= smallest_ratio else 1)
         for number in range(num_runs):
@@ -625,9 +628,10 @@ def run_missing(runs: list[Run], args: argparse.Namespace) -> None:
     def gallery_of(source: str, root: Path | None) -> shifts.Data:
         return shifts.load(source, None, root)["val"]
 
-    first_runs = list({run.source_key(): run for run in pending}.values())  # one per network
-    for index in claim("source networks", len(first_runs)):
-        source_net_of(first_runs[index])
+    runs_by_source = {run.source_key(): run for run in pending}  # one run for each network
+    runs_to_pretrain = list(runs_by_source.values())
+    for index in claim("source networks", len(runs_to_pretrain)):
+        source_net_of(runs_to_pretrain[index])
     barrier("pretrained")
 
     progress = Progress([run.cost() if missing_methods(run, args) else 0 for run in runs])
@@ -743,7 +747,7 @@ def run_methods(
             row["image_pairs"] = write_image_pairs(outcome, domain["test"][0][:4], path)
         if method in run.retrieval_methods:
             images, labels = gallery_of(run.scenario.source, run.root)
-            gallery = images, gallery_labels(run.scenario, labels)
+            gallery = images, target_classes(run.scenario, labels)
             row["retrieval"] = retrieval(task.net, result.net, gallery, domain["test"])
         write_atomically(path, json.dumps(row).encode())
         if args.save and method == saved_method:
@@ -1064,9 +1068,7 @@ def print_published_proxies(scenario: Scenario, results: Results) -> None:
 
 def print_certainty(flex_rows: list[dict]) -> None:
     """How reliable the choice of flex is (see flextune.certainty)."""
-    certainties = [row["certainty"] for row in flex_rows if "certainty" in row]
-    if not certainties:
-        return
+    certainties = [row["certainty"] for row in flex_rows]
     lead = mean_of(certainties, "lead")
     standard_error = mean_of(certainties, "standard_error")
     bound = mean_of(certainties, "bound")
@@ -1176,10 +1178,10 @@ def table_3_lines(
 
 def with_stars(accuracies: dict[str, float], baselines: set[str]) -> dict[str, str]:
     """Accuracies as text, with a star where a selection method beats every baseline."""
-    is_complete = (
-        baselines <= accuracies.keys()
-    )  # there is no star as long as a baseline is missing
-    to_beat = max(accuracies[m] for m in baselines) if is_complete else math.inf
+    if baselines <= accuracies.keys():
+        to_beat = max(accuracies[method] for method in baselines)
+    else:
+        to_beat = math.inf  # as long as a baseline is missing, there are no stars
     cells = {}
     for method, accuracy in accuracies.items():
         is_best = method in SELECTIONS and accuracy > to_beat
@@ -1257,31 +1259,27 @@ def draw_figure_1(groups: dict[Scenario, Results], folder: Path) -> None:
         figure, axes = new_figure(7, 4)
         ax = axes[0, 0]
         for number, (ratio, rows) in enumerate(rows_by_ratio.items()):
-            candidates = list(rows[0]["candidates"])
-            names = [candidate_name(rows[0], unit) for unit in candidates]
-            accuracies = {}
+            names = {str(unit): name for unit, name in enumerate(rows[0]["names"], start=1)}
+            names["all"] = "all"
             for split, line_style in (("test", "--"), ("val", "-")):
-                accuracies[split] = candidate_means(rows, split)
+                means = candidate_means(rows, split)
+                x = [names[unit] for unit in means]
                 label = f"{split}, ratio {ratio}"
-                ax.plot(names, accuracies[split], line_style, color=f"C{number}", label=label)
-            chosen = candidates.index(statistics.mode(row["chosen"] for row in rows))
-            ax.plot(chosen, accuracies["val"][chosen], "v", color="blue", markersize=9)
+                ax.plot(x, list(means.values()), line_style, color=f"C{number}", label=label)
+            chosen = statistics.mode(row["chosen"] for row in rows)
+            validation_means = candidate_means(rows, "val")
+            ax.plot(names[chosen], validation_means[chosen], "v", color="blue", markersize=9)
         ax.set(title=f"{source} → {target}, {network}, {data} data", ylabel="accuracy")
         ax.tick_params(axis="x", rotation=45)
         figure.legend(title="▼ flex's pick", fontsize="small", loc="outside right upper")
         save_figure(figure, folder / f"figure-1-{source}-{target}-{network}-{data}.png")
 
 
-def candidate_name(row: dict, unit: str) -> str:
-    return "all" if unit == "all" else row["names"][int(unit) - 1]
-
-
-def candidate_means(rows: list[dict], split: str) -> list[float]:
-    """The mean accuracy of each candidate of flex on a split."""
-    means = []
-    for unit in rows[0]["candidates"]:
-        candidates = [row["candidates"][unit] for row in rows]
-        means.append(mean_of(candidates, split))
+def candidate_means(flex_rows: list[dict], split: str) -> dict[str, float]:
+    """The mean accuracy of each of flex's candidates on a split."""
+    means = {}
+    for unit in flex_rows[0]["candidates"]:
+        means[unit] = mean_of([row["candidates"][unit] for row in flex_rows], split)
     return means
 
 
@@ -1302,9 +1300,7 @@ def rank_units(groups: dict[Scenario, Results]) -> dict[tuple, dict[str, UnitRan
     panels = defaultdict(dict)
     for scenario, results in groups.items():
         source, target, _, data, network = scenario
-        means = dict(
-            zip(results["flex"][0]["candidates"], candidate_means(results["flex"], "test"))
-        )
+        means = candidate_means(results["flex"], "test")
         del means["all"]
         targets = panels[source, network, data]
         if target not in targets:

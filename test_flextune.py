@@ -2064,9 +2064,9 @@ def test_certainty_is_printed_with_the_choice(capsys):
 def test_retrieval_for_pacs_is_in_all_of_ilsvrc_by_the_classes_of_the_head(tmp_path):
     y = torch.tensor([0, 167, 168, 385, 402, 339, 449, 999])
     sketch = paper_scenario("ilsvrc", "sketch", 20)
-    assert run_all.gallery_labels(sketch, y).tolist() == [-1, 0, -1, 1, 3, 4, 5, -1]
-    assert run_all.gallery_labels(paper_scenario("ilsvrc", "yuv", 12), y) is y
-    assert run_all.gallery_labels(sketch._replace(data="built-in"), y) is y
+    assert run_all.target_classes(sketch, y).tolist() == [-1, 0, -1, 1, 3, 4, 5, -1]
+    assert run_all.target_classes(paper_scenario("ilsvrc", "yuv", 12), y) is y
+    assert run_all.target_classes(sketch._replace(data="built-in"), y) is y
     args = run_all.parse(["--table", "4", "--runs", "1"])
     run = run_all.make_runs("ilsvrc", "sketch", tmp_path, args)[0]
     assert run.retrieval_methods == ()  # ILSVRC has to be put there
