@@ -1009,20 +1009,24 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("name", shifts.SHIFTS, ids=str)
-def test_every_shift_gives_uint8_images_the_same_for_the_same_seed(name):
-    shift = shifts.SHIFTS[name]
-    if name[1] == "mnist-m":
+@pytest.mark.parametrize("source, target", shifts.SHIFTS)
+def test_every_shift_gives_uint8_images_the_same_for_the_same_seed(source, target):
+    shift = shifts.SHIFTS[source, target]
+    if target == "mnist-m":
         shift = partial(shift, photos=shifts.draw_photos(3))
-    x, _ = shifts.BUILT_IN[name[0]].draw(30, generator())
-    before = x.clone()
-    a, b, c = (shift(x, rng=generator(seed)) for seed in (0, 0, 1))
-    channels = 3 if name[1] == "mnist-m" else x.shape[1]
-    assert a.dtype == torch.uint8 and a.shape == (30, channels, *x.shape[2:])
-    assert torch.equal(x, before) and not torch.equal(a, x.expand_as(a))
-    assert torch.equal(a, b)
-    drawn = name[1] in ("occluded", "transform-random", "mnist-m", "noisy")
-    assert torch.equal(a, c) != drawn
+    x, _ = shifts.BUILT_IN[source].draw(30, generator())
+    x_before = x.clone()
+    shifted = shift(x, generator(0))
+    same_seed = shift(x, generator(0))
+    other_seed = shift(x, generator(1))
+    channels = 3 if target == "mnist-m" else x.shape[1]
+    assert shifted.dtype == torch.uint8
+    assert shifted.shape == (30, channels, *x.shape[2:])
+    assert torch.equal(x, x_before)
+    assert not torch.equal(shifted, x.expand_as(shifted))
+    assert torch.equal(shifted, same_seed)
+    is_random = target in ("occluded", "transform-random", "mnist-m", "noisy")
+    assert torch.equal(shifted, other_seed) != is_random
 
 
 @pytest.mark.parametrize("name", ["mnist", "svhn", "cifar", "quickdraw", "ilsvrc", "art"])
@@ -1046,110 +1050,140 @@ def test_the_default_dtype_changes_no_image(name):
 @pytest.mark.parametrize("taps, sigma", [(8, 1.0), (4, 0.5), (5, 0.5)])
 def test_blur_is_the_convolution_of_the_protocol(taps, sigma):
     """Literally: intervals of a normal distribution, the root of an outer product, SAME padding."""
-    half = (2 * sigma + 1) / (2 * taps)
-    edges = np.linspace(-sigma - half, sigma + half, taps + 1)
-    tap = np.diff([math.erf(edge / 2**0.5) / 2 for edge in edges])
-    kernel = np.sqrt(np.outer(tap, tap))
+    half_interval = (2 * sigma + 1) / (2 * taps)
+    edges = np.linspace(-sigma - half_interval, sigma + half_interval, taps + 1)
+    cumulative = [math.erf(edge / 2**0.5) / 2 for edge in edges]
+    probability = np.diff(cumulative)
+    kernel = np.sqrt(np.outer(probability, probability))
     kernel = torch.from_numpy(kernel / kernel.sum())
     x = torch.randint(0, 256, (2, 1, 9, 9), generator=generator(), dtype=torch.uint8)
-    before, after = (taps - 1) // 2, taps // 2
+    before = (taps - 1) // 2
+    after = taps // 2
     padded = nn.functional.pad(x.double(), (before, after, before, after))
     expected = nn.functional.conv2d(padded, kernel[None, None])
-    assert (shifts.blur(x, None, taps, sigma) - expected).abs().max() <= 0.51
+    blurred = shifts.blur(x, None, taps, sigma)
+    assert (blurred - expected).abs().max() <= 0.51
 
 
 def test_occlude_covers_a_square_of_half_the_side():
     x = torch.full((400, 1, 28, 28), 255, dtype=torch.uint8)
-    covered = shifts.occlude(x, generator())[:, 0] == 0  # (400, 28, 28)
-    rows, columns = covered.any(2), covered.any(1)
-    assert torch.equal(covered, rows[:, :, None] & columns[:, None, :])
+    is_covered = shifts.occlude(x, generator())[:, 0] == 0  # (400, 28, 28)
+    rows = is_covered.any(2)
+    columns = is_covered.any(1)
+    assert torch.equal(is_covered, rows[:, :, None] & columns[:, None, :])
     for lines in (rows, columns):
         assert (lines.sum(1) == 14).all()
-        starts = lines.int().argmax(1)
-        assert (lines.int().diff(dim=1).abs().sum(1) <= 2).all()  # in one piece
-        assert set(starts.tolist()) == {*range(14)}  # the corner is in the first half
+        num_changes = lines.int().diff(dim=1).abs().sum(1)
+        assert (num_changes <= 2).all()  # in one piece
+        first = lines.int().argmax(1)
+        assert set(first.tolist()) == set(range(14))  # in the first half
 
 
 def test_affine_is_the_map_of_the_protocol():
-    """Literally, image by image: input = centre + S R (output - centre) + move."""
+    """Literally, image by image: input = center + S R (output - center) + move."""
     x = torch.randint(1, 256, (2, 1, 28, 28), generator=generator(), dtype=torch.uint8)
-    maps = (-0.3764, [2.4261, 2.0980], [-0.1407, 0.3777]), (1.2, [1.0, 1.5], [-7.0, 0.3])
-    both = shifts.affine(x, *map(torch.tensor, zip(*maps)))
-    assert torch.equal(shifts.SHIFTS["mnist", "transform-fixed"](x[:1], None), both[:1])
-    for before, after, (angle, scale, move) in zip(x[:, 0], both[:, 0], maps):
-        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    angles = [-0.3764, 1.2]
+    scales = [[2.4261, 2.0980], [1.0, 1.5]]
+    moves = [[-0.1407, 0.3777], [-7.0, 0.3]]
+    mapped = shifts.affine(x, angles, scales, moves)
+    assert torch.equal(shifts.transform_fixed(x[:1], None), mapped[:1])
+    for image, angle, scale, move, result in zip(x[:, 0], angles, scales, moves, mapped[:, 0]):
+        cos = math.cos(angle)
+        sin = math.sin(angle)
         for row in range(28):
             for column in range(28):
-                there = 14 + scale * (turn @ np.array([column - 14, row - 14])) + move
-                from_column, from_row = np.floor(there + 0.5).astype(int)
-                inside = 0 <= from_column < 28 and 0 <= from_row < 28
-                assert after[row, column] == (before[from_row, from_column] if inside else 0)
+                input_x = 14 + scale[0] * (cos * (column - 14) - sin * (row - 14)) + move[0]
+                input_y = 14 + scale[1] * (sin * (column - 14) + cos * (row - 14)) + move[1]
+                input_column = math.floor(input_x + 0.5)
+                input_row = math.floor(input_y + 0.5)
+                expected = 0
+                if 0 <= input_column < 28 and 0 <= input_row < 28:
+                    expected = image[input_row, input_column]
+                assert result[row, column] == expected
 
 
 def test_transform_random_draws_within_its_limits(monkeypatch):
-    drawn = []
-    monkeypatch.setattr(shifts, "affine", lambda x, *parameters: drawn.extend(parameters))
-    shifts.transform_random(torch.zeros(5000, 1, 28, 28, dtype=torch.uint8), generator())
-    angle, scale, move = drawn
-    assert angle.abs().max() <= 1.5 and angle.std().item() == pytest.approx(1.5 / 3**0.5, abs=0.03)
-    assert 1 <= scale.min() < 1.01 and 2.49 < scale.max() <= 2.5
-    assert (move.abs() <= (scale - 1) / 2).all() and (move.abs() > 0.4 * (scale - 1)).any()
+    monkeypatch.setattr(shifts, "affine", lambda x, *parameters: parameters)
+    x = torch.zeros(5000, 1, 28, 28, dtype=torch.uint8)
+    angle, scale, move = shifts.transform_random(x, generator())
+    assert angle.abs().max() <= 1.5
+    assert angle.std().item() == pytest.approx(1.5 / 3**0.5, abs=0.03)
+    assert 1 <= scale.min() < 1.01
+    assert 2.49 < scale.max() <= 2.5
+    assert (move.abs() <= (scale - 1) / 2).all()
+    assert (move.abs() > 0.4 * (scale - 1)).any()
 
 
 def test_noise_is_gaussian_truncated_and_clipped():
     x = torch.full((300, 3, 8, 8), 128, dtype=torch.uint8)
-    y = shifts.noise(x, generator(), sigma=20).float()
-    assert y.mean().item() == pytest.approx(127.5, abs=0.25)  # cut off, not rounded
-    assert y.std().item() == pytest.approx(20, abs=0.5)
-    y = shifts.noise(x, generator(), sigma=1000)
-    assert ((y == 0) | (y == 255)).float().mean() > 0.8
+    noisy = shifts.noise(x, generator(), sigma=20).float()
+    assert noisy.mean().item() == pytest.approx(127.5, abs=0.25)  # rounded down
+    assert noisy.std().item() == pytest.approx(20, abs=0.5)
+    noisy = shifts.noise(x, generator(), sigma=1000)
+    is_clipped = (noisy == 0) | (noisy == 255)
+    assert is_clipped.float().mean() > 0.8
 
 
 def test_yuv_and_hsv_known_colours():
     rgb = torch.randint(0, 256, (50, 3, 1, 1), generator=generator(), dtype=torch.uint8)
-    rgb[:5, :, 0, 0] = torch.tensor([[0] * 3, [255] * 3, [255, 0, 0], [0, 0, 255], [255, 255, 0]])
-    for got, (r, g, b) in zip(shifts.hsv(rgb, None)[..., 0, 0], (rgb[..., 0, 0] / 255).tolist()):
-        expected = torch.tensor(colorsys.rgb_to_hsv(r, g, b)) * 255
-        assert (got - expected).abs().max() <= 0.51
-    got = shifts.yuv(rgb, None)[:5, :, 0, 0].tolist()  # negative halves are cut off
-    assert got == [[0, 0, 0], [255, 0, 0], [76, 0, 157], [29, 111, 0], [226, 0, 26]]
+    black, white, red, blue, yellow = (
+        (0, 0, 0),
+        (255, 255, 255),
+        (255, 0, 0),
+        (0, 0, 255),
+        (255, 255, 0),
+    )
+    rgb[:5, :, 0, 0] = torch.tensor([black, white, red, blue, yellow])
+    hsv = shifts.hsv(rgb, None)[..., 0, 0]
+    for color, converted in zip(rgb[..., 0, 0] / 255, hsv):
+        expected = torch.tensor(colorsys.rgb_to_hsv(*color.tolist())) * 255
+        assert (converted - expected).abs().max() <= 0.51
+    yuv = shifts.yuv(rgb, None)[:5, :, 0, 0]  # negative values are clipped
+    assert yuv.tolist() == [[0, 0, 0], [255, 0, 0], [76, 0, 157], [29, 111, 0], [226, 0, 26]]
 
 
 def test_scaling_is_in_mirrored_borders_of_the_protocols_sizes():
-    x = torch.arange(1, 9, dtype=torch.uint8).mul(20).expand(1, 3, 8, 8)
+    values = torch.arange(1, 9, dtype=torch.uint8) * 20
+    x = values.expand(1, 3, 8, 8)
     row = shifts.scaling_stretch(x, None)[0, 0, 5]  # borders of 1 and 2, one after the other
-    wide = torch.tensor([20, 20, 20, *x[0, 0, 0], 160, 160, 160.0])
-    expected = nn.functional.interpolate(wide[None, None], 8, mode="linear")[0, 0]
+    padded = torch.tensor([20, 20, 20, *values, 160, 160, 160.0])
+    expected = nn.functional.interpolate(padded[None, None], 8, mode="linear")[0, 0]
     assert (row - expected).abs().max() <= 0.51
     for target, scale in (("scaling-symmetric", 402 / 224), ("scaling-stretch", 478 / 224)):
         square = torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
         square[..., 92:132, 92:132] = 255  # forty pixels in the middle
         small = shifts.SHIFTS["ilsvrc", target](square, None) > 127
         assert small.shape == square.shape
-        assert small[0, 0, 112, 82:142].sum().item() == pytest.approx(40 / scale, abs=1.5)
+        width = small[0, 0, 112, 82:142].sum().item()
+        assert width == pytest.approx(40 / scale, abs=1.5)
 
 
 def test_rotate_is_anti_clockwise_in_a_mirrored_border():
     x = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     x[..., 30:34, 48:60] = 255  # a bar on the right
-    y = shifts.rotate(x, None, angle=torch.pi / 2)[0, 0]
-    assert y[:24].float().mean() > 5 * y[40:].float().mean() + 1  # is at the top
-    flat = torch.full((1, 3, 64, 64), 99, dtype=torch.uint8)
-    turned = shifts.rotate(flat, None, angle=0.6)
-    assert (turned == 99).float().mean() > 0.98  # where the border ends, a corner is black
+    rotated = shifts.rotate(x, None, angle=math.pi / 2)[0, 0].float()
+    assert rotated[:24].mean() > 5 * rotated[40:].mean() + 1  # is at the top
+    uniform = torch.full((1, 3, 64, 64), 99, dtype=torch.uint8)
+    rotated = shifts.rotate(uniform, None, angle=0.6)
+    assert (rotated == 99).float().mean() > 0.98  # where the border ends, a corner is black
 
 
 def test_mnist_m_is_the_difference_of_patch_and_binary_digit():
     x, _ = shifts.draw_digits(20, generator())
-    flat = [torch.tensor([10, 100, 255], dtype=torch.uint8)[:, None, None].expand(3, 40, 30)]
-    y = shifts.photo_background(x, generator(), flat)
-    for channel, value in enumerate((10, 100, 255)):
-        expected = (value - 255 * (x[:, 0] > 0).int()).abs()
-        assert torch.equal(y[:, channel].int(), expected)
-    ramp = torch.arange(60 * 60).remainder(251).byte().view(1, 60, 60).expand(3, -1, -1)
-    patches = shifts.photo_background(torch.zeros_like(x), generator(), [ramp])
-    windows = ramp[0].unfold(0, 28, 1).unfold(1, 28, 1).flatten(0, 1)  # every patch of the photo
-    assert all((windows == patch[0]).all((1, 2)).any() for patch in patches)
+    color = torch.tensor([10, 100, 255], dtype=torch.uint8)
+    photo = color[:, None, None].expand(3, 40, 30)
+    on_photo = shifts.photo_background(x, generator(), [photo])
+    for channel, value in enumerate(color.tolist()):
+        binary_digit = 255 * (x[:, 0] > 0).int()
+        expected = (value - binary_digit).abs()
+        assert torch.equal(on_photo[:, channel].int(), expected)
+
+    pixels = torch.arange(60 * 60).remainder(251).byte().view(60, 60)
+    photo = pixels.expand(3, 60, 60)
+    patches = shifts.photo_background(torch.zeros_like(x), generator(), [photo])
+    windows = pixels.unfold(0, 28, 1).unfold(1, 28, 1).flatten(0, 1)  # every patch of the photo
+    for patch in patches[:, 0]:
+        assert (windows == patch).all((1, 2)).any()
 
 
 # ---------------------------------------------------------------- splits and subsampling
@@ -1167,14 +1201,20 @@ def test_mnist_m_is_the_difference_of_patch_and_binary_digit():
 def test_subsample_takes_the_share_of_each_class(sizes, ratio, expected):
     y = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     x = torch.arange(len(y))
-    drawn, classes = shifts.subsample((x, y), ratio, 300, seed=0)
-    assert classes.bincount().tolist() == expected
-    assert len(drawn.unique()) == len(drawn) and torch.equal(y[drawn], classes)
-    assert torch.equal(drawn, shifts.subsample((x, y), ratio, 300, seed=0)[0])
-    other = shifts.subsample((x, y), ratio, 300, seed=1)[0]
-    assert torch.equal(drawn.sort()[0], other.sort()[0]) == (expected == sizes)
-    more = set(shifts.subsample((x, y), min(300, 2 * ratio), 300, seed=0)[0].tolist())
-    assert set(drawn.tolist()) <= more  # of the same order
+
+    def draw(ratio, seed):
+        return shifts.subsample((x, y), ratio, largest=300, seed=seed)
+
+    indices, labels = draw(ratio, seed=0)
+    assert labels.bincount().tolist() == expected
+    assert len(indices.unique()) == len(indices)
+    assert torch.equal(y[indices], labels)
+    assert torch.equal(indices, draw(ratio, seed=0)[0])
+    other_indices = draw(ratio, seed=1)[0]
+    is_same_subset = torch.equal(indices.sort()[0], other_indices.sort()[0])
+    assert is_same_subset == (expected == sizes)
+    more_indices = draw(min(300, 2 * ratio), seed=0)[0]  # of the same order
+    assert set(indices.tolist()) <= set(more_indices.tolist())
 
 
 def idx(array):
@@ -1186,14 +1226,20 @@ def idx(array):
 @pytest.fixture
 def mnist(tmp_path):
     """A folder with 600 + 200 images in MNIST's format; the first bytes number the images."""
-    for half, n, ending in (("train", 600, ".gz"), ("t10k", 200, "")):
-        x = np.random.default_rng(n).integers(0, 256, (n, 28, 28), np.uint8)
-        x[:, 0, 0], x[:, 0, 1] = np.arange(n) // 256 + (half == "t10k") * 100, np.arange(n) % 256
-        y = (np.arange(n) % 10).astype(np.uint8)
-        for kind, array in (("images-idx3", x), ("labels-idx1", y)):
-            path = tmp_path / "mnist" / f"{half}-{kind}-ubyte{ending}"
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(gzip.compress(idx(array)) if ending else idx(array))
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    for half, num_images in (("train", 600), ("t10k", 200)):
+        numbers = np.arange(num_images)
+        images = np.random.default_rng(num_images).integers(0, 256, (num_images, 28, 28), np.uint8)
+        images[:, 0, 0] = numbers // 256 + (100 if half == "t10k" else 0)
+        images[:, 0, 1] = numbers % 256
+        labels = (numbers % 10).astype(np.uint8)
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            path = folder / f"{half}-{kind}-ubyte"
+            if half == "train":
+                path.with_suffix(".gz").write_bytes(gzip.compress(idx(array)))
+            else:
+                path.write_bytes(idx(array))
     return tmp_path
 
 
@@ -1201,16 +1247,20 @@ def test_mnist_splits_share_no_image_and_depend_on_nothing(mnist):
     domain = shifts.load("mnist", None, mnist)
     sizes = {split: len(y) for split, (_, y) in domain.items()}
     assert sizes == {"source": 250, "pool": 300, "val": 50, "test": 200}
-    numbers = torch.cat([x[:, 0, 0, :2] for x, _ in domain.values()])
-    assert len(numbers.unique(dim=0)) == 800
+    first_bytes = torch.cat([x[:, 0, 0, :2] for x, _ in domain.values()])
+    assert len(first_bytes.unique(dim=0)) == 800
     for x, y in domain.values():
-        assert x.dtype == torch.uint8 and x.shape[1:] == (1, 28, 28) and y.dtype == torch.int64
-        index = x[:, 0, 0, 0].long() % 100 * 256 + x[:, 0, 0, 1]
-        assert torch.equal(y, index % 10)
-    assert domain["val"][0][:, 0, 0, 1].tolist() == list(range(50))  # the first ones
+        assert x.dtype == torch.uint8
+        assert y.dtype == torch.int64
+        assert x.shape[1:] == (1, 28, 28)
+        number = x[:, 0, 0, 0].long() % 100 * 256 + x[:, 0, 0, 1]
+        assert torch.equal(y, number % 10)
+    val_numbers = domain["val"][0][:, 0, 0, 1]
+    assert val_numbers.tolist() == list(range(50))  # the first ones
     shifts._mnist.cache_clear()
     torch.manual_seed(5)
-    assert torch.equal(shifts.load("mnist", None, mnist)["pool"][0], domain["pool"][0])
+    loaded_again = shifts.load("mnist", None, mnist)
+    assert torch.equal(loaded_again["pool"][0], domain["pool"][0])
 
 
 def test_a_target_shifts_the_splits_it_is_tuned_and_tested_on(mnist, monkeypatch):
@@ -1323,22 +1373,25 @@ def npy(array):
 def test_of_quickdraw_only_the_first_rows_are_downloaded(tmp_path, server, monkeypatch):
     pages, url = server
     monkeypatch.setattr(shifts, "QUICKDRAW_ROWS", 90)
-    here = {"url": f"{url}/", "num_bytes": 90 * 784 + 128}
-    monkeypatch.setitem(shifts.DATASETS, "quickdraw", replace(shifts.DATASETS["quickdraw"], **here))
+    dataset = replace(shifts.DATASETS["quickdraw"], url=f"{url}/", num_bytes=90 * 784 + 128)
+    monkeypatch.setitem(shifts.DATASETS, "quickdraw", dataset)
     rng = np.random.default_rng(0)
     for name in shifts.QUICKDRAW:
         drawings = npy(rng.integers(0, 256, (300, 784), np.uint8))
         pages[f"/{name.replace(' ', '%20')}.npy"] = {"Accept-Ranges": "bytes"}, drawings
     shifts.provide(shifts.needs("quickdraw", "noisy"), tmp_path)
-    cat = shifts.read_drawings(tmp_path / "quickdraw" / "cat.npy")
+    cats = shifts.read_drawings(tmp_path / "quickdraw" / "cat.npy")
     domain = shifts._quickdraw(tmp_path)
-    sizes = {"source": 315, "pool": 270, "val": 45, "test": 135}  # of 810; 45 are not used
-    assert {split: len(y) for split, (_, y) in domain.items()} == sizes
-    together = torch.cat([x for x, _ in domain.values()])
-    assert together.shape == (765, 1, 28, 28) and len(together.unique(dim=0)) == 765
-    drawn = {bytes(255 - drawing) for drawing in cat}  # dark on white
+    sizes = {split: len(y) for split, (_, y) in domain.items()}
+    assert sizes == {"source": 315, "pool": 270, "val": 45, "test": 135}  # 45 of 810 are not used
+    images = torch.cat([x for x, _ in domain.values()])
+    assert images.shape == (765, 1, 28, 28)
+    assert len(images.unique(dim=0)) == 765
+    dark_on_white = {bytes(255 - cat) for cat in cats}
+    cat_label = 3
     for x, y in domain.values():
-        assert all((bytes(image.numpy()) in drawn) == (label == 3) for image, label in zip(x, y))
+        for image, label in zip(x, y):
+            assert (bytes(image.numpy()) in dark_on_white) == (label == cat_label)
 
 
 def records(n, seed):
@@ -1361,24 +1414,30 @@ def tar(members):
 def test_cifar_is_downloaded_and_split_by_batches_without_deer(tmp_path, server, monkeypatch):
     pages, url = server
     monkeypatch.setattr(shifts, "CIFAR_RECORDS", 20)
-    names = [*(f"data_batch_{n}.bin" for n in range(1, 6)), "test_batch.bin"]
-    batches = {name: records(20, seed) for seed, name in enumerate(names)}
-    members = {f"cifar-10-batches-bin/{name}": batch.tobytes() for name, batch in batches.items()}
-    body = tar(members | {"cifar-10-batches-bin/../../out.bin": b"", "readme.html": b""})
+    batches = {name: records(20, seed=number) for number, name in enumerate("12345t")}
+    file_names = {name: f"data_batch_{name}.bin" for name in "12345"} | {"t": "test_batch.bin"}
+    members = {"cifar-10-batches-bin/../../out.bin": b"", "readme.html": b""}
+    for name, batch in batches.items():
+        members[f"cifar-10-batches-bin/{file_names[name]}"] = batch.tobytes()
+    body = tar(members)
     pages["/cifar.tar.gz"] = {}, body
-    here = {"url": f"{url}/cifar.tar.gz", "md5": md5(body)}
-    monkeypatch.setitem(shifts.DATASETS, "cifar", replace(shifts.DATASETS["cifar"], **here))
-    shifts.provide(shifts.needs("cifar", "noisy"), tmp_path / "data")
+    dataset = replace(shifts.DATASETS["cifar"], url=f"{url}/cifar.tar.gz", md5=md5(body))
+    monkeypatch.setitem(shifts.DATASETS, "cifar", dataset)
+    root = tmp_path / "data"
+    shifts.provide(shifts.needs("cifar", "noisy"), root)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
-    assert [path.name for path in (tmp_path / "data").iterdir()] == ["cifar-10-batches-bin"]
-    domain = shifts.load("cifar", None, tmp_path / "data")
-    for split, parts in {"source": "12", "pool": "34", "val": "5", "test": "t"}.items():
-        files = [name for name in names if name.split("_")[-1][0] in parts or name[0] == parts]
-        expected = [c for name in files for c in batches[name] if c[0] != 4]
+    assert [path.name for path in root.iterdir()] == ["cifar-10-batches-bin"]
+
+    domain = shifts.load("cifar", None, root)
+    for split, names in {"source": "12", "pool": "34", "val": "5", "test": "t"}.items():
+        expected = np.concatenate([batches[name] for name in names])
+        expected = torch.from_numpy(expected[expected[:, 0] != 4])
+        classes = expected[:, 0].long()
         x, y = domain[split]
-        assert torch.equal(x.flatten(1), torch.tensor(np.array(expected)[:, 1:]))
-        assert y.tolist() == [c[0] - (c[0] > 4) for c in expected]
-    path = tmp_path / "data" / "cifar-10-batches-bin" / "data_batch_1.bin"
+        assert torch.equal(x.flatten(1), expected[:, 1:])
+        assert torch.equal(y, classes - (classes > 4).long())
+
+    path = root / "cifar-10-batches-bin" / "data_batch_1.bin"
     good = path.read_bytes()
     for content in (good[3073:], bytes([10]) + good[1:]):  # a record less, and no class
         path.write_bytes(content)
@@ -1392,33 +1451,44 @@ def mat(arrays, compressed):
     def element(kind, content):
         return struct.pack("<II", kind, len(content)) + content + bytes(-len(content) % 8)
 
-    out = b"MATLAB 5.0".ljust(124) + struct.pack("<H", 0x0100) + b"IM"
+    file = b"MATLAB 5.0".ljust(124) + struct.pack("<H", 0x0100) + b"IM"
     for name, array in arrays.items():
-        small = struct.pack("<HH", 1, len(name)) + name.encode().ljust(4, b"\0")
-        flags, shape = struct.pack("<II", 9, 0), struct.pack(f"<{array.ndim}i", *array.shape)
+        flags = element(6, struct.pack("<II", 9, 0))
+        shape = element(5, struct.pack(f"<{array.ndim}i", *array.shape))
+        small_name = struct.pack("<HH", 1, len(name)) + name.encode().ljust(4, b"\0")
         values = element(2, array.tobytes(order="F"))
-        matrix = element(14, element(6, flags) + element(5, shape) + small + values)
-        packed = zlib.compress(matrix)
-        out += struct.pack("<II", 15, len(packed)) + packed if compressed else matrix
-    return out
+        matrix = element(14, flags + shape + small_name + values)
+        if compressed:
+            packed = zlib.compress(matrix)
+            file += struct.pack("<II", 15, len(packed)) + packed
+        else:
+            file += matrix
+    return file
 
 
 def test_svhn(tmp_path):
-    (tmp_path / "svhn").mkdir()
-    path = tmp_path / "svhn" / "test_32x32.mat"
-    for half, n in (("train", 280), ("test", 70)):
-        x, y = np.full((32, 32, 3, n), 200, np.uint8), np.arange(n, dtype=np.uint8)[:, None]
-        x[:, :, 0] = np.arange(n) % 251
-        arrays = {"X": x, "y": y % 10 + 1}
-        path.with_name(f"{half}_32x32.mat").write_bytes(mat(arrays, compressed=half == "train"))
+    folder = tmp_path / "svhn"
+    folder.mkdir()
+    for half, num_images in (("train", 280), ("test", 70)):
+        numbers = np.arange(num_images)
+        images = np.full((32, 32, 3, num_images), 200, np.uint8)
+        images[:, :, 0] = numbers % 251
+        labels = (numbers % 10 + 1).astype(np.uint8)[:, None]
+        arrays = {"X": images, "y": labels}
+        content = mat(arrays, compressed=half == "train")
+        (folder / f"{half}_32x32.mat").write_bytes(content)
+
     domain = shifts.load("mnist", "svhn", tmp_path)
+    sizes = {split: len(y) for split, (_, y) in domain.items()}
+    assert sizes == {"pool": 242, "val": 38, "test": 70}
     x, y = domain["test"]
     assert x.shape == (70, 1, 28, 28)
-    assert torch.equal(x[:, 0, 5, 5], ((torch.arange(70) + 400) / 3).round().byte())
-    assert y.tolist() == [*range(1, 10), 0] * 7
-    assert {s: len(y) for s, (_, y) in domain.items()} == {"pool": 242, "val": 38, "test": 70}
-    for wrong in ({}, {"X": arrays["X"], "y": arrays["y"] + 1}):
-        path.write_bytes(mat(wrong, compressed=False))
+    mean_of_channels = (torch.arange(70) + 200 + 200) / 3
+    assert torch.equal(x[:, 0, 5, 5], mean_of_channels.round().byte())
+    assert y.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0] * 7
+
+    for wrong in ({}, {"X": images, "y": labels + 1}):
+        (folder / "test_32x32.mat").write_bytes(mat(wrong, compressed=False))
         shifts._svhn.cache_clear()
         with pytest.raises(shifts.DataError, match="test_32x32.mat does not hold"):
             shifts.load("mnist", "svhn", tmp_path)
@@ -1488,16 +1558,20 @@ def test_ilsvrc_images_are_shuffled_together_cropped_and_shifted(tmp_path, monke
 
 def test_mnist_is_downloaded_where_it_is_missing(tmp_path, mnist, server, monkeypatch):
     pages, url = server
-    for path in (mnist / "mnist").iterdir():
-        raw = gzip.decompress(path.read_bytes()) if path.suffix else path.read_bytes()
-        pages[f"/{path.name.removesuffix('.gz')}.gz"] = {}, gzip.compress(raw)
-    sums = {f"mnist{page}": md5(body) for page, (_, body) in pages.items()}
-    sums = {name: sums[name] for name in shifts.DATASETS["mnist"].md5}  # in their order
-    monkeypatch.setitem(shifts.DATASETS, "mnist", shifts.Files(f"{url}/", sums))
+    checksums = {}
+    for file in shifts.DATASETS["mnist"].md5:
+        path = shifts._unzipped(mnist / file)
+        content = path.read_bytes()
+        body = content if path.suffix == ".gz" else gzip.compress(content)
+        pages[f"/{Path(file).name}"] = {}, body
+        checksums[file] = md5(body)
+    monkeypatch.setitem(shifts.DATASETS, "mnist", shifts.Files(f"{url}/", checksums))
     shifts.provide(shifts.needs("mnist", "blurry"), tmp_path / "new")
-    folders = mnist, tmp_path / "new"
-    expected, found = (shifts.load("mnist", None, root)["pool"] for root in folders)
-    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    expected = shifts.load("mnist", None, mnist)
+    downloaded = shifts.load("mnist", None, tmp_path / "new")
+    for split, (x, y) in expected.items():
+        assert torch.equal(downloaded[split][0], x)
+        assert torch.equal(downloaded[split][1], y)
     pages["/t10k-images-idx3-ubyte.gz"] = {}, b"another file"
     with pytest.raises(shifts.MissingError, match="its MD5 is"):
         shifts.provide(shifts.needs("mnist", "blurry"), tmp_path / "wrong")
@@ -1505,20 +1579,25 @@ def test_mnist_is_downloaded_where_it_is_missing(tmp_path, mnist, server, monkey
 
 def test_photos_are_downloaded_and_unpacked(mnist, server, monkeypatch):
     pages, url = server
-    folder, sizes = "BSR/BSDS500/data/images/train", ((48, 32), (32, 48))
-    photos = {f"{folder}/{size[0]}.jpg": photo_file((200, 100, 50), size, "JPEG") for size in sizes}
-    pages["/bsds.tgz"], names = ({}, tar(photos)), shifts.needs("mnist", "mnist-m")
-    here = replace(shifts.DATASETS["bsds500"], url=f"{url}/bsds.tgz")
-    monkeypatch.setitem(shifts.DATASETS, "bsds500", here)
+    color = (200, 100, 50)
+    members = {}
+    for width, height in ((48, 32), (32, 48)):
+        path = f"BSR/BSDS500/data/images/train/{width}.jpg"
+        members[path] = photo_file(color, (width, height), "JPEG")
+    pages["/bsds.tgz"] = {}, tar(members)
+    names = shifts.needs("mnist", "mnist-m")
+    dataset = replace(shifts.DATASETS["bsds500"], url=f"{url}/bsds.tgz")
+    monkeypatch.setitem(shifts.DATASETS, "bsds500", dataset)
     with pytest.raises(shifts.MissingError, match="2 of 200 files"):
         shifts.provide(names, mnist)
-    monkeypatch.setitem(shifts.DATASETS, "bsds500", replace(here, num_files=2))
+    monkeypatch.setitem(shifts.DATASETS, "bsds500", replace(dataset, num_files=2))
     shifts.provide(names, mnist)
     assert sorted(path.name for path in mnist.iterdir()) == ["bsds500", "mnist"]
-    digits = shifts.load("mnist", None, mnist)["test"][0]
+    digits, _ = shifts.load("mnist", None, mnist)["test"]
     x, _ = shifts.load("mnist", "mnist-m", mnist)["test"]
-    mean = 350 / 3  # of the photos' colour (200, 100, 50), on which digits are inverted
-    assert (x - torch.where(digits > 0, 255 - mean, mean)).abs().max() <= 2  # JPEG rounds
+    mean = sum(color) / 3
+    expected = torch.where(digits > 0, 255 - mean, mean)
+    assert (x - expected).abs().max() <= 2  # JPEG rounds
 
 
 def test_without_pillow_nothing_is_downloaded(tmp_path, monkeypatch):
