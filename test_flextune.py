@@ -1855,30 +1855,34 @@ def test_every_method_from_start_to_finish(quick, capsys):
     quick("--target mnist-m --ratio 30 --runs 2 --seed 7 --data builtin")
     out, err = capsys.readouterr()
     assert "mnist -> mnist-m, ratio 30: 10 training images, 2 runs" in out
-    assert "BUILT-IN DATA" in out and "paper" not in out.replace("the paper's", "")
+    assert "BUILT-IN DATA" in out
+    assert "paper" not in out.replace("the paper's", "")
     table = {line.split()[0]: line for line in out.splitlines() if "  " in line}
     assert table.keys() >= {*run_all.METHODS, "unit", "1", "2", "3", "4", "all"}
     assert table["source"].count("\u00b1") == 2  # mean and standard deviation
-    begun = [line for line in err.splitlines() if "epoch" not in line]  # plain on a pipe
+    # Progress on a pipe: a line for each step, besides those of trainings that take long.
+    begun = [line for line in err.splitlines() if "epoch" not in line]
     assert begun[:2] == ["[1/1] pretraining on mnist", "[1/2] mnist -> mnist-m, ratio 30, seed 7"]
     assert re.fullmatch(r"\[2/2\] .*, seed 8; all: about \d+ min", begun[2])
+
     rows = results()
-    order = [(seed, method) for seed in (7, 8) for method in run_all.METHODS]
-    assert [(row["seed"], row["method"]) for row in rows] == order
+    expected_order = [(seed, method) for seed in (7, 8) for method in run_all.METHODS]
+    assert [(row["seed"], row["method"]) for row in rows] == expected_order
     assert {row["data"] for row in rows} == {"built-in"}
-    by = {row["method"]: row for row in rows[:8]}
-    assert by["ft-fc-1"]["units"] == [4] and by["ft-fc-2"]["units"] == [3, 4]
-    candidates = by["flex"]["candidates"]
+    row_of = {row["method"]: row for row in rows if row["seed"] == 7}
+    assert row_of["ft-fc-1"]["units"] == [4]
+    assert row_of["ft-fc-2"]["units"] == [3, 4]
+    candidates = row_of["flex"]["candidates"]
     assert candidates.keys() == {"1", "2", "3", "4", "all"}
-    assert by["flex"]["val"] == max(one["val"] for one in candidates.values())
-    assert by["fast-flex"]["proxies"].keys() == {"1", "2", "3", "4"}
-    assert by["source"]["val"] == by["flex"]["history"][0][1]
-    assert by["flex"]["epochs"] == sum(one["epochs"] for one in candidates.values())
-    assert by["ft-fc-1"].items() >= candidates["4"].items()
-    assert by["ft-all"].items() >= candidates["all"].items()
-    assert by["fast-flex"]["candidates"]["all"] == candidates["all"]
-    (chosen,) = by["faster-flex"]["candidates"].values()  # one epoch of all is not ft-all
-    assert by["faster-flex"]["epochs"] == chosen["epochs"] + 1
+    assert row_of["flex"]["val"] == max(candidate["val"] for candidate in candidates.values())
+    assert row_of["flex"]["epochs"] == sum(c["epochs"] for c in candidates.values())
+    assert row_of["source"]["val"] == row_of["flex"]["history"][0][1]
+    assert row_of["ft-fc-1"].items() >= candidates["4"].items()
+    assert row_of["ft-all"].items() >= candidates["all"].items()
+    assert row_of["fast-flex"]["candidates"]["all"] == candidates["all"]
+    assert row_of["fast-flex"]["proxies"].keys() == {"1", "2", "3", "4"}
+    (chosen,) = row_of["faster-flex"]["candidates"].values()  # one epoch of all is not ft-all
+    assert row_of["faster-flex"]["epochs"] == chosen["epochs"] + 1
 
 
 def test_runs_take_the_source_networks_by_turns(quick):
@@ -2016,59 +2020,93 @@ def test_the_supplement_has_a_unit_at_each_ratio():
     assert run_all.published_best_proxy(paper_scenario("ilsvrc", "art", 20), "faster-flex") == 9
 
 
-def row(method, seed, val, source=0.5, **more):
+def row(method, seed, val, source=0.5, **other_fields):
     """A result row of an imaginary run."""
-    scenario = {"source": "mnist", "target": "blurry", "ratio": 30, "images": 300, "data": "real"}
-    result = {"method": method, "seed": seed, "val": val, "test": val, "history": [(0, source)]}
-    other = {"network": "4-layer", "settings": {"top_k": 1}, "diverged": False, "tied": []}
-    other["names"] = ["1 conv1", "2 conv2", "3 fc1", "4 fc2"]
-    return scenario | result | other | {"units": [1], "epochs": 10, "seconds": 1.0} | more
+    fields = {
+        "source": "mnist",
+        "target": "blurry",
+        "ratio": 30,
+        "data": "real",
+        "network": "4-layer",
+        "seed": seed,
+        "method": method,
+        "images": 300,
+        "settings": {"top_k": 1},
+        "names": ["1 conv1", "2 conv2", "3 fc1", "4 fc2"],
+        "val": val,
+        "test": val,
+        "units": [1],
+        "epochs": 10,
+        "seconds": 1.0,
+        "history": [(0, source)],
+        "diverged": False,
+        "tied": [],
+    }
+    return fields | other_fields
 
 
 def test_the_tables_mark_what_a_reader_should_know(capsys):
-    rows = [row("ft-all", seed, a, units=[1, 2, 3, 4]) for seed, a in ((1, 0.4), (2, 0.6))]
-    rows.append(row("ft-ss", 1, 0.5, diverged=True))
-    for seed, unit, a in ((1, "1", 0.9), (2, "2", 0.7)):
-        ones = {unit: {"val": a, "test": a}}
-        more = {"proxies": {"1": 0.4}, "chosen": unit, "candidates": ones}
-        rows.append(row("faster-flex", seed, a, **more))
-    run_all.print_scenario(*next(iter(run_all.group_rows(rows).items())))
-    table = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    rows = [row("ft-all", 1, 0.4), row("ft-all", 2, 0.6), row("ft-ss", 1, 0.5, diverged=True)]
+    for seed, unit, accuracy in ((1, "1", 0.9), (2, "2", 0.7)):
+        candidates = {unit: {"val": accuracy, "test": accuracy}}
+        fields = {"proxies": {"1": 0.4}, "chosen": unit, "candidates": candidates}
+        rows.append(row("faster-flex", seed, accuracy, **fields))
+    lines = printed_scenario(capsys, rows)
+    table = {line.split("  ")[0]: line for line in lines}
     assert "0.500 \u00b1 0.141  0.500 \u00b1 0.141" in table["ft-all"]
     assert table["ft-all"].endswith("below the source")  # in one of the two runs
-    assert "0.928" in table["ft-ss"] and table["ft-ss"].endswith("diverged")
+    assert "0.928" in table["ft-ss"]
+    assert table["ft-ss"].endswith("diverged")
     assert "0.900 " in table["1 conv1"]  # tuned in one of the two runs
     assert table["1 conv1"].endswith("faster-flex (1 of 2)")
 
 
-def flex_row(seed, tests, chosen, **more):
-    """A result row of flex: test (and validation) accuracies of the candidates."""
-    ones = {u: {"val": a, "test": a, "epochs": 10, "seconds": 2.0} for u, a in tests.items()}
-    ones["all"] |= {"epochs": 20, "seconds": 8.0}
-    figures = {"epochs": 60, "seconds": 16.0, "candidates": ones, "chosen": chosen, "best": chosen}
-    return row("flex", seed, tests[chosen], **figures | more)
+def flex_row(seed, accuracies, chosen, **other_fields):
+    """A result row of flex, with these accuracies of the candidates on D_val and the test set."""
+    candidates = {}
+    for unit, accuracy in accuracies.items():
+        candidates[unit] = {"val": accuracy, "test": accuracy, "epochs": 10, "seconds": 2.0}
+    candidates["all"] |= {"epochs": 20, "seconds": 8.0}
+    fields = {
+        "epochs": 60,
+        "seconds": 16.0,
+        "candidates": candidates,
+        "chosen": chosen,
+        "best": chosen,
+    }
+    return row("flex", seed, accuracies[chosen], **fields | other_fields)
 
 
 TESTS = {"1": 0.8, "2": 0.93, "3": 0.9, "4": 0.7, "all": 0.912}
 
 
 def printed(capsys, show, rows):
+    """The lines that a table is printed as."""
     show(run_all.group_rows(rows))
     return [line.strip() for line in capsys.readouterr().out.splitlines()]
 
 
+def printed_scenario(capsys, rows):
+    scenario, results = next(iter(run_all.group_rows(rows).items()))
+    run_all.print_scenario(scenario, results)
+    return capsys.readouterr().out.splitlines()
+
+
 def test_table_1_is_measured_and_computed(capsys):
+    def table(rows):
+        lines = printed(capsys, run_all.print_table_1, rows)
+        costs = "E_one = 10.0 epochs, c_one = 0.200 s, E_all = 20.0 epochs, c_all = 0.400 s"
+        assert f"L = 4, {costs}" in lines
+        return {line.split()[0]: line.split()[-3:] for line in lines if " c_" in line}
+
     rows = [flex_row(0, TESTS, "2"), row("ft-fc-1", 0, 0.9, epochs=5, seconds=3.0)]
-    lines = printed(capsys, run_all.print_table_1, rows)
-    costs = "E_one = 10.0 epochs, c_one = 0.200 s, E_all = 20.0 epochs, c_all = 0.400 s"
-    assert f"L = 4, {costs}" in lines
-    table = {line.split()[0]: line.split()[-3:] for line in lines if " c_" in line}
-    assert table["flex"] == ["16.0", "60.0", "16.0"]  # 4 * 10 * 0.2 + 20 * 0.4
-    assert table["ft-fc-1"] == ["2.0", "5.0", "3.0"] and "fast-flex" not in table
-    more = [row | {"ratio": 3, "seed": seed, "epochs": 45} for row in rows for seed in (1, 2, 3)]
-    lines = printed(capsys, run_all.print_table_1, rows + more)
-    table = {line.split()[0]: line.split()[-3:] for line in lines if " c_" in line}
-    assert table["ft-fc-1"] == ["2.0", "35.0", "3.0"]  # the mean of all runs
+    costs = table(rows)
+    assert costs["flex"] == ["16.0", "60.0", "16.0"]  # 4 * 10 * 0.2 + 20 * 0.4
+    assert costs["ft-fc-1"] == ["2.0", "5.0", "3.0"]
+    assert "fast-flex" not in costs
+    for seed in (1, 2, 3):
+        rows += [row | {"ratio": 3, "seed": seed, "epochs": 45} for row in rows[:2]]
+    assert table(rows)["ft-fc-1"] == ["2.0", "35.0", "3.0"]  # the mean of all runs
 
 
 def test_table_3_has_the_papers_figures_stars_and_differences(capsys):
@@ -2112,10 +2150,9 @@ def test_table_3_counts_the_first_proxies_that_are_the_supplements(capsys):
     lines = printed(capsys, run_all.print_table_3, rows)
     assert "fast-flex: the best proxy is the supplement's in 1 of 2" in lines
     assert "faster-flex: the best proxy is the supplement's in 0 of 1" in lines
-    run_all.print_scenario(*next(iter(run_all.group_rows(rows).items())))
-    out = capsys.readouterr().out
-    assert "best proxy of fast-flex in the paper's supplement: 3 fc1\n" in out
-    assert "best proxy of faster-flex" not in out
+    lines = printed_scenario(capsys, rows)
+    assert "best proxy of fast-flex in the paper's supplement: 3 fc1" in lines
+    assert not any(line.startswith("best proxy of faster-flex") for line in lines)
 
 
 def test_figure_2_sums_the_ranks_over_the_ratios():
@@ -2131,13 +2168,15 @@ def test_figure_2_sums_the_ranks_over_the_ratios():
 
 def test_certainty_is_printed_with_the_choice(capsys):
     sure = {"runner_up": "all", "lead": 0.018, "standard_error": 0.004, "bound": 0.023}
-    rows = [flex_row(0, TESTS, "2", certainty=sure)]
-    rows += [flex_row(1, TESTS, "3", tied=["3", "4"], certainty=sure | {"lead": 0.020})]
-    for runs, lead in ((1, "0.018"), (2, "0.019")):
-        run_all.print_scenario(*next(iter(run_all.group_rows(rows[:runs]).items())))
-        out = capsys.readouterr().out
-        assert f"by {lead} \u00b1 0.004" in out and "95%" in out and "within 0.023" in out
-        assert ("tied in 1 of 2 runs" in out) == (runs == 2)
+    surer = sure | {"lead": 0.020}
+    first = flex_row(0, TESTS, "2", certainty=sure)
+    second = flex_row(1, TESTS, "3", tied=["3", "4"], certainty=surer)
+    for rows, lead in (([first], "0.018"), ([first, second], "0.019")):
+        out = "\n".join(printed_scenario(capsys, rows))
+        assert f"by {lead} \u00b1 0.004" in out
+        assert "95%" in out
+        assert "within 0.023" in out
+        assert ("tied in 1 of 2 runs" in out) == (len(rows) == 2)
 
 
 def test_retrieval_for_pacs_is_in_all_of_ilsvrc_by_the_classes_of_the_head(tmp_path):
@@ -3069,19 +3108,42 @@ def test_errors_of_the_model_itself_pass():
 # ---------------------------------------------------------------- README
 
 
+class ImageFolder:
+    """Like torchvision's, with the images of these tests."""
+
+    def __init__(self, root, transform):
+        self.images, labels = images(60, seed=1)
+        self.targets = labels.tolist()
+        self.classes = ["a", "b", "c", "d"]
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        return self.transform(self.images[index]), self.targets[index]
+
+
 def test_the_example_of_the_readme(tmp_path, monkeypatch, capsys):
-    """As written, but for a small ResNet, small images and short trainings."""
+    """As written, except for a small ResNet, small images and short trainings."""
     monkeypatch.chdir(tmp_path)
-    x, y = images(60, seed=1)
-    torch.save((nn.functional.interpolate(x, size=(32, 32)), y), "images.pt")
+
+    def transform(image):
+        scaled = nn.functional.interpolate(image[None] / 255, size=(32, 32))[0]
+        return (scaled - 0.45) / 0.22
+
     torchvision = types.ModuleType("torchvision")
-    torchvision.models = types.SimpleNamespace(resnet18=lambda weights: ResNet())
-    functional = types.SimpleNamespace(normalize=lambda x, mean, deviation: (x - 0.45) / 0.22)
-    torchvision.transforms = types.SimpleNamespace(functional=functional)
+    default = types.SimpleNamespace(transforms=lambda: transform)
+    weights = types.SimpleNamespace(DEFAULT=default)
+    torchvision.models = types.SimpleNamespace(
+        resnet18=lambda weights: ResNet(), ResNet18_Weights=weights
+    )
+    torchvision.datasets = types.SimpleNamespace(ImageFolder=ImageFolder)
     monkeypatch.setitem(sys.modules, "torchvision", torchvision)
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     shorter = {
+        "300": "30",
         "400": "40",
         "Settings(lr=1e-4, batch_size=32": "Settings(lr=1e-2, max_epochs=5, batch_size=32",
     }
@@ -3092,10 +3154,11 @@ def test_the_example_of_the_readme(tmp_path, monkeypatch, capsys):
     exec(code, variables)  # noqa: S102
     out = capsys.readouterr().out
     assert "unit 1 conv1: epoch 5, validation" in out
-    assert re.search("tuned: .*\ntied: .*lead", out)
-    model = ResNet(num_classes=5).to(memory_format=torch.channels_last)
+    assert re.search("tuned: .* tied: .*\nvalidation: .* test: ", out)
+    model = ResNet(num_classes=4).to(memory_format=torch.channels_last)
     model.load_state_dict(torch.load("tuned.pt", weights_only=True))
-    x, y = variables["val"]
+    x, y = variables["test"]
     is_correct = model.eval()(x).argmax(1) == y
     accuracy = is_correct.double().mean().item()
-    assert accuracy == pytest.approx(variables["selection"].result.accuracy)
+    tuned_net = variables["selection"].result.net
+    assert accuracy == pytest.approx(flextune.accuracy(tuned_net, (x, y)))
