@@ -105,8 +105,9 @@ TABLE_3 = {
     ("ilsvrc", "sketch", 200): (0.924, 0.924, 0.890, 0.767, None, 0.916, 0.875),
 }
 
-# The unit with the best proxy, at each of the target's ratios: the unpublished supplement (authors'
-# code). Its source network for PACS was first tuned on photos of PACS.
+# The unit with the best proxy, at each of the target's ratios. It is from the supplement, which is
+# not public, but whose plots are in the authors' code. There, the network for PACS was first tuned
+# on photos of PACS.
 BEST_PROXY = {
     ("mnist", "blurry"): {"fast-flex": (3, 3, 3, 3), "faster-flex": (3, 3, 3, 3)},
     ("mnist", "occluded"): {"fast-flex": (3, 3, 3, 3), "faster-flex": (3, 3, 3, 3)},
@@ -130,7 +131,8 @@ BEST_PROXY = {
     ("ilsvrc", "sketch"): {"fast-flex": (6, 4, 9), "faster-flex": (6, 6, 11)},
 }
 
-# AP@10, in the order of TABLE_4_METHODS. The paper does not say at which ratio.
+# AP@10, in the order of TABLE_4_METHODS. The paper does not say at which ratio. We compare with the
+# middle one.
 TABLE_4_METHODS = ("ft-fc-1", "ft-all", "flex")
 TABLE_4 = {
     "yuv": (0.80, 0.75, 0.85),
@@ -147,13 +149,13 @@ TIMES_BEST = "flex 60, fast-flex 41, ft-all 26"  # of 72 scenarios, section 5.2
 
 
 class Scenario(NamedTuple):
-    """What the results of several runs have in common."""
+    """A transfer at one ratio. Its runs differ in the source network and the training subset."""
 
     source: str
     target: str
     ratio: int  # training images per class, approximately
     data: str  # "real" or "built-in"
-    network: str  # of a protocol, or the name of the user's own
+    network: str  # Protocol.network
 
 
 class Schedule(NamedTuple):
@@ -161,7 +163,7 @@ class Schedule(NamedTuple):
 
     batch_size: int
     max_epochs: int
-    steps_between_validations: int  # in batches, across epochs
+    steps_between_validations: int  # in batches; rounded to whole epochs (Run.task)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +183,10 @@ class Protocol:
     source_code: bytes = b""  # of the user's own network
 
     def schedule(self, ratio: int) -> Schedule:
-        """The schedule of this ratio, or of the next smaller one that has a schedule."""
+        """The schedule of a ratio. Other ratios than the paper's have that of the next smaller one.
+
+        Below the smallest, they have that of the smallest.
+        """
         smaller = [other for other in self.schedules if other <= ratio]
         return self.schedules[max(smaller, default=min(self.schedules))]
 
@@ -204,6 +209,7 @@ MNIST = Protocol(
 CIFAR = Protocol(
     network="7-layer",
     build=models.cifar_net,
+    # Rate, batch size and most epochs are those of the authors' code; when to stop is our choice.
     pretraining=Settings(lr=1e-3, batch_size=50, max_epochs=50, check_every=3, patience=3),
     tuning=Settings(lr=1e-3),  # section 5.1; the authors' code does not say
     schedules=dict(zip((2, 20, 200, 2000), MNIST.schedules.values())),  # not published
@@ -214,8 +220,8 @@ ILSVRC = Protocol(
     load=lambda root: models.load_inception2(root / "inception2.npz"),
     required_files=("inception2",),
     tuning=Settings(lr=1e-4, top_k=5),  # section 5.1; the authors' code stops by top-1 accuracy
-    # The authors' code for PACS, with the ratios of Table 2. For ILSVRC, their code does not have
-    # a schedule, and takes .01, .5 and 1 of the pool.
+    # The schedules are those of the authors' code for PACS, because it has none for ILSVRC. The
+    # ratios are those of Table 2. (Their code takes the shares .01, .5 and 1 of the pool.)
     schedules={
         2: Schedule(batch_size=8, max_epochs=2000, steps_between_validations=100),
         12: Schedule(batch_size=8, max_epochs=1000, steps_between_validations=150),
@@ -230,7 +236,8 @@ PACS = replace(
     adapt_head=models.pacs_head,
 )
 
-# Built-in images are fewer, and networks for them narrower, so that a run takes minutes on a CPU.
+# For built-in images, which are fewer, the larger networks are narrower, so that a run takes minutes
+# on a CPU.
 BUILT_IN_SCHEDULE = Schedule(batch_size=32, max_epochs=300, steps_between_validations=20)
 BUILT_IN_CIFAR = replace(
     CIFAR,
@@ -293,7 +300,7 @@ def published_accuracy(scenario: Scenario, method: str) -> float | None:
     return dict(zip(SELECTIONS + BASELINES, accuracies)).get(method)
 
 
-def published_best_proxy(scenario: Scenario, method: str) -> int | None:
+def supplement_best_proxy(scenario: Scenario, method: str) -> int | None:
     """The unit with the best proxy in the supplement, or None if there is none for this setting."""
     source, target, ratio = scenario[:3]
     ratios = paper_ratios(source, target)
@@ -337,17 +344,17 @@ def flex_i2i(task: Task, target: str) -> Selection:
     All units of the source network stay frozen while it is tuned.
     """
     channels = task.train[0].shape[1]
-    unit = seeded(partial(image_to_image_unit(target), channels), task.settings.seed)
-    longer_net = nn.Sequential(unit, *task.net)
+    image_unit = seeded(partial(image_to_image_unit(target), channels), task.settings.seed)
+    longer_net = nn.Sequential(image_unit, *task.net)
     longer_task = Task(longer_net, task.train, task.val, task.settings, task.report)
     result = replace(flextune.fine_tune(longer_task, 1), units=(0,))
     tuned = flextune.flex(task).tuned | {0: result}
-    best = max(tuned, key=lambda unit: tuned[unit].accuracy)  # the first of equals, so 0 last
+    best = max(tuned, key=lambda unit: tuned[unit].accuracy)  # 0 was added last, and loses ties
     return Selection(chosen=best, best=best, tuned=tuned)
 
 
 def image_to_image_unit(target: str) -> type[nn.Module]:
-    """The kind of the image-to-image unit. Where the shift is known, it fits the shift."""
+    """The image-to-image unit for a geometric shift, for a shift of colours, or for others."""
     if target.startswith(("transform-", "scaling-", "rotation")):
         return models.SpatialTransformer
     if target in ("yuv", "hsv"):
@@ -358,7 +365,7 @@ def image_to_image_unit(target: str) -> type[nn.Module]:
 def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
     """A new network, with random weights that depend only on the seed."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also change CUDA's
         return build()
 
 
@@ -414,16 +421,20 @@ def features(net: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
 def target_classes(scenario: Scenario, labels: torch.Tensor) -> torch.Tensor:
     """The labels of source images, as classes of the target.
 
-    PACS has six of ILSVRC's 1,000 classes. The others become -1.
+    Six of ILSVRC's 1,000 classes are those of PACS. The others become -1, even other dogs.
     """
     if scenario.data == "built-in" or scenario.target not in shifts.PACS:
         return labels
-    class_of_row = torch.full((1000,), -1)
-    class_of_row[list(models.PACS_ROWS.values())] = torch.arange(len(models.PACS_ROWS))
-    return class_of_row[labels]
+    ilsvrc_classes = list(models.PACS_ROWS.values())  # of PACS's classes 0 to 5
+    pacs_class = torch.full((1000,), -1)
+    pacs_class[ilsvrc_classes] = torch.arange(len(ilsvrc_classes))
+    return pacs_class[labels]
 
 
 # ---------------------------------------------------------------- running, results, ranks
+
+
+RESULT_FORMAT = 2  # of result files; results of another format are not found, but made anew
 
 
 @dataclass(frozen=True)
@@ -452,14 +463,17 @@ class Run:
         }
 
     def source_key(self) -> tuple:
-        """What the source network depends on."""
+        """What the source networks of one command differ in. (PACS adapts the head, ILSVRC not.)"""
         return self.scenario.source, self.protocol.adapt_head, self.root, self.source_seed
 
     def path(self, method: str, out: Path) -> Path:
-        """The file of a result. Its name has the identity, and a checksum of the settings."""
-        schedule = tuple(self.protocol.schedule(self.scenario.ratio))
-        settings = result_settings(self.settings)
-        key = checksum(settings, schedule, self.protocol.source_code)[:8]
+        """The file of a result: its identity, and a checksum of all else that changes it."""
+        key = checksum(
+            RESULT_FORMAT,
+            result_settings(self.settings),
+            self.protocol.schedule(self.scenario.ratio),
+            self.protocol.source_code,
+        )[:8]
         identity = "_".join(str(value) for value in self.identity(method).values())
         return out / f"{identity}_{key}.json"
 
@@ -477,7 +491,7 @@ class Run:
 
     def cost(self) -> float:
         """Roughly how long the run takes compared with others, to estimate the time left."""
-        num_trainings = 12 if "flex" in self.methods else len(self.methods)
+        num_trainings = 12 if "flex" in self.methods else len(self.methods)  # flex has the most
         cost_of_network = {"4-layer": 1, "7-layer": 10, "Inception2": 300 if self.root else 6}
         cost_per_image = cost_of_network.get(self.protocol.network, 300)
         # A validation takes about as long as training on 100 images per class.
@@ -569,7 +583,7 @@ def plan_runs(pairs: list[tuple[str, str]], args: argparse.Namespace) -> list[Ru
         if root and any(missing_methods(run, args) for run in pair_runs):
             names = shifts.needs(source, target) + list(pair_runs[0].protocol.required_files)
             progress = Progress([1])
-            progress.title = "preparing the data"
+            progress.title = "downloading the data"  # is printed only if there is something to do
             try:
                 shifts.provide(names, root, progress.report)
             except shifts.MissingError as error:
@@ -586,10 +600,10 @@ def run_scenarios(pairs: list[tuple[str, str]], args: argparse.Namespace) -> Non
     """Run what has no result yet, and show all results."""
     create_folders(args)
     if RANK > 0:
-        barrier("planned")  # rank 0 downloads first
+        barrier("planned")  # wait until rank 0 has downloaded the data
     runs = plan_runs(pairs, args)
     if RANK == 0:
-        barrier("planned")
+        barrier("planned")  # let the others go on
     run_missing(runs, args)
     barrier("finished")
     if RANK == 0:
@@ -628,12 +642,15 @@ def run_missing(runs: list[Run], args: argparse.Namespace) -> None:
     def gallery_of(source: str, root: Path | None) -> shifts.Data:
         return shifts.load(source, None, root)["val"]
 
+    # Each source network is trained by one rank. The others find it in args.out.
     runs_by_source = {run.source_key(): run for run in pending}  # one run for each network
     runs_to_pretrain = list(runs_by_source.values())
     for index in claim("source networks", len(runs_to_pretrain)):
         source_net_of(runs_to_pretrain[index])
     barrier("pretrained")
 
+    # The ranks count all runs, not those that are pending, because they may see different ones:
+    # another command can write results to the same folder.
     progress = Progress([run.cost() if missing_methods(run, args) else 0 for run in runs])
     loaded = None
     for index in claim("runs", len(runs)):
@@ -651,9 +668,9 @@ def run_missing(runs: list[Run], args: argparse.Namespace) -> None:
 
 
 def missing_methods(run: Run, args: argparse.Namespace) -> tuple[str, ...]:
-    """The methods of a run that have no result yet, or one without Table 4's accuracy.
+    """The methods of a run without a result, or whose result lacks the AP@10 of Table 4.
 
-    With --save all of them, because results do not have the networks.
+    With --save, all methods: result files do not hold networks.
     """
     missing = []
     for method in run.methods:
@@ -693,7 +710,7 @@ def source_network(run: Run, args: argparse.Namespace) -> nn.Sequential:
         progress = Progress([1])
         progress.begin(0, f"pretraining on {source}")
         task = Task(net, domain["source"], domain["val"], settings, progress.report)
-        trained = flextune.fine_tune(task, "all", protocol.pretraining_epochs).net.cpu()
+        trained = flextune.fine_tune(task, "all", protocol.pretraining_epochs).net
         save_weights(path, trained)
         print_progress("")
         state_dict = trained.state_dict()
@@ -712,7 +729,7 @@ def run_methods(
     progress: "Progress",
 ) -> None:
     """Run the methods, and write each result to args.out as soon as it is known."""
-    num_trainings = len(net) + 6  # of all methods together, approximately
+    num_trainings = len(net) + 6  # of all methods together, roughly
 
     def report(text: str) -> None:
         progress.report(text, part=len(task.results) / num_trainings)
@@ -805,20 +822,17 @@ def write_image_pairs(selection: Selection, x: torch.Tensor, result_path: Path) 
 
 
 def load_result(path: Path) -> dict | None:
-    """A result as a dictionary. None if there is none, or none that this program has written."""
+    """A result as a dictionary. None if there is none, or if it cannot be read."""
     try:
-        row = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-    # "num_trained" and "image_pairs" had other names in results of older programs.
-    if not isinstance(row, dict) or "num_trained" not in row or "pairs" in row:
-        return None
-    return row
 
 
 def save_weights(path: Path, net: nn.Module) -> None:
+    state_dict = {name: tensor.cpu() for name, tensor in net.state_dict().items()}
     file = io.BytesIO()
-    torch.save(net.state_dict(), file)
+    torch.save(state_dict, file)
     write_atomically(path, file.getvalue())
 
 
@@ -930,7 +944,7 @@ def claim(items: str, num_items: int) -> Iterator[int]:
 
 # ---------------------------------------------------------------- tables
 
-BUILT_IN_NOTICE = "BUILT-IN DATA: drawn by shifts.py, no figure compares with the paper's"
+BUILT_IN_NOTICE = "BUILT-IN DATA: drawn by shifts.py, no number compares with the paper's"
 DATA_NOTICES = {"real": "real data", "built-in": BUILT_IN_NOTICE}
 
 Results = dict[str, list[dict]]  # the rows (result files) of each method, one row per run
@@ -987,7 +1001,7 @@ def print_scenario(scenario: Scenario, results: Results) -> None:
     """All that is known of one scenario."""
     print_methods(scenario, results)
     print_units(results)
-    print_published_proxies(scenario, results)
+    print_supplement_proxies(scenario, results)
     if "flex" in results:
         print_certainty(results["flex"])
 
@@ -1016,7 +1030,8 @@ def print_methods(scenario: Scenario, results: Results) -> None:
             published = published_accuracy(scenario, method)
             line.append("not published" if published is None else f"{published:.3f}")
         notes = []
-        if any(row["val"] < row["history"][0][1] for row in rows):
+        source_accuracies = [row["history"][0][1] for row in rows]  # of epoch 0
+        if any(row["val"] < accuracy for row, accuracy in zip(rows, source_accuracies)):
             notes.append("below the source")
         if any(row["diverged"] for row in rows):
             notes.append("diverged")
@@ -1029,21 +1044,21 @@ def print_units(results: Results) -> None:
     """The accuracies of each candidate, and which algorithms chose it."""
     all_rows = [row for rows in results.values() for row in rows]
     num_runs = max(len(rows) for rows in results.values())
-    candidates = {"0": "0 image-to-image"}
+    titles = {"0": "0 image-to-image"}
     for number, name in enumerate(all_rows[0]["names"], start=1):
-        candidates[str(number)] = name
-    candidates["all"] = "all"
+        titles[str(number)] = name
+    titles["all"] = "all"
 
     headings = [f"proxy ({method})" for method in PROXY_METHODS]
     table = [["unit", "validation", "test", *headings, "chosen by"]]
-    for unit, name in candidates.items():
+    for unit, title in titles.items():
         tuned = {}  # by seed: methods that tuned the same unit have the same network
         for row in all_rows:
             if unit in row.get("candidates", {}):
                 tuned[row["seed"]] = row["candidates"][unit]
         accuracies = [format_mean(list(tuned.values()), field) for field in ("val", "test")]
         for method in PROXY_METHODS:
-            proxies = [row["proxies"] for row in results.get(method, [])]
+            proxies = [row["proxies"] for row in results.get(method, [])]  # accuracies by unit
             accuracies.append(format_mean(proxies, unit))
         if set(accuracies) == {"-"}:
             continue
@@ -1051,16 +1066,16 @@ def print_units(results: Results) -> None:
         chosen_by = []
         for method, count in times_chosen.items():
             chosen_by.append(f"{method} ({count} of {num_runs})" if num_runs > 1 else method)
-        table.append([name, *accuracies, ", ".join(chosen_by)])
+        table.append([title, *accuracies, ", ".join(chosen_by)])
     if len(table) > 1:
         print()
         print_columns(table, num_left_aligned=len(table[0]))
 
 
-def print_published_proxies(scenario: Scenario, results: Results) -> None:
+def print_supplement_proxies(scenario: Scenario, results: Results) -> None:
     """The unit that has the best proxy in the paper's supplement."""
     for method in PROXY_METHODS:
-        unit = published_best_proxy(scenario, method)
+        unit = supplement_best_proxy(scenario, method)
         if method in results and unit is not None:
             name = results[method][0]["names"][unit - 1]
             print(f"best proxy of {method} in the paper's supplement: {name}")
@@ -1074,11 +1089,11 @@ def print_certainty(flex_rows: list[dict]) -> None:
     bound = mean_of(certainties, "bound")
     print(
         f"flex's choice leads the next by {lead:.3f} \u00b1 {standard_error:.3f} on the validation "
-        f"set (there, with probability 95%, all are within {bound:.3f})"
+        f"set; with probability 95%, every accuracy there is within {bound:.3f} of the expected one"
     )
     num_tied = sum(len(row["tied"]) > 1 for row in flex_rows)
     if num_tied:
-        print(f"it is tied in {num_tied} of {len(flex_rows)} runs: the smallest unit is taken")
+        print(f"it is tied in {num_tied} of {len(flex_rows)} runs: the lowest unit is taken")
 
 
 def print_table_1(groups: dict[Scenario, Results]) -> None:
@@ -1160,7 +1175,7 @@ def table_3_lines(
     deviations = {}
     for method, values in accuracies.items():
         if len(values) > 1:
-            deviations[method] = f"{statistics.stdev(values):.3f} "
+            deviations[method] = f"{statistics.stdev(values):.3f} "  # a blank in place of a star
     if deviations:
         lines.append(("  deviation", deviations))
 
@@ -1200,7 +1215,7 @@ def print_proxy_agreement(scenarios: dict[Scenario, Results]) -> None:
     for method in PROXY_METHODS:
         agreements = []
         for scenario, results in scenarios.items():
-            published_unit = published_best_proxy(scenario, method)
+            published_unit = supplement_best_proxy(scenario, method)
             if method in results and published_unit is not None:
                 proxies = [row["proxies"] for row in results[method]]
                 means = {unit: mean_of(proxies, unit) for unit in proxies[0]}
@@ -1287,15 +1302,15 @@ def candidate_means(flex_rows: list[dict], split: str) -> dict[str, float]:
 class UnitRanks:
     """A line of Figure 2: what is known of a target, over all of its ratios."""
 
-    rank_sums: dict[str, int]  # by unit: in how many comparisons its test accuracy is higher
-    picks: dict[str, set[str]]  # by method: the candidates that most runs of a ratio chose
+    rank_sums: dict[str, int]  # by unit: the sum of its ranks
+    picks: dict[str, set[str]]  # by method: at each ratio, the candidate that most runs chose
 
 
 def rank_units(groups: dict[Scenario, Results]) -> dict[tuple, dict[str, UnitRanks]]:
     """Figure 2: UnitRanks by (source, network, data), and by target.
 
     At each ratio, the rank of a unit is the number of units with a lower test accuracy. The pick of
-    fast-flex is the one before its line 10, which may return ft-all instead.
+    fast-flex is the unit with the best proxy (Algorithm 2, line 7), even where it returns ft-all.
     """
     panels = defaultdict(dict)
     for scenario, results in groups.items():
@@ -1402,6 +1417,8 @@ def device(text: str) -> str:
         name = torch.device(text)
     except RuntimeError as error:
         raise argparse.ArgumentTypeError("must be cpu, cuda or cuda:N") from error
+    if name.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError("must be cpu, cuda or cuda:N")
     if name.type == "cuda" and (name.index or 0) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(f"there is no {text} on this machine")
     return text
@@ -1418,7 +1435,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--target", nargs="+", choices=targets, metavar="NAME",
                        help="target domains (default: all); --list shows them")
     group.add_argument("--source", choices=sources,
-                       help="source domain, if several have the target (default: all)")
+                       help="source domain; needed where several sources have the target")
     group.add_argument("--ratio", nargs="+", type=integer, metavar="N",
                        help="training images per class, approximately (default: all ratios)")
     group.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME",
@@ -1483,14 +1500,15 @@ def check_options(pairs: list[tuple[str, str]], args: argparse.Namespace) -> Non
         largest = max(paper_ratios(source, target))
         if args.ratio and max(args.ratio) > largest:
             raise ValueError(f"--ratio: the largest of {source} -> {target} is {largest}")
-    has_folder = args.data in (None, "builtin") or (args.data and Path(args.data).is_dir())
-    if not has_folder:
+    needs_folder = args.data not in (None, "builtin")
+    if needs_folder and (args.data == "" or not Path(args.data).is_dir()):
         hint = "for built-in images: --data builtin"
         raise ValueError(f"--data: there is no folder {args.data!r}; {hint}")
     if args.save:
-        runs = [run for pair in pairs for run in make_runs(*pair, Path(), args)]
+        any_folder = Path()  # only the number of runs matters
+        num_runs = sum(len(make_runs(*pair, any_folder, args)) for pair in pairs)
         is_file_name = not args.save.exists() or args.save.is_file()
-        if len(runs) > 1 or not is_file_name:
+        if num_runs > 1 or not is_file_name:
             raise ValueError("--save: name a file, and one --target, one --ratio and --runs 1")
     if (args.figures or 1 in args.table) and args.methods and "flex" not in args.methods:
         raise ValueError("--figures and --table 1 need flex among the --methods")
@@ -1534,7 +1552,7 @@ def show_results(runs: list[Run], args: argparse.Namespace) -> None:
         draw_figure_1(groups, args.figures)
         draw_figure_2(groups, args.figures)
         draw_figure_3(groups, args.figures, args.out)
-    print(f"\nevery figure, candidate and history: {args.out}/*.json")
+    print(f"\nall numbers, candidates and histories: {args.out}/*.json")
     if args.save:
         print(f"the network is in {args.save}")
 
@@ -1554,6 +1572,7 @@ def run_command(args: argparse.Namespace) -> None:
 
 def error_message(error: Exception, args: argparse.Namespace | None) -> str:
     """One line for an error that the user can do something about."""
+    # oneDNN says that it "could not create a primitive".
     if args and re.search("out ?of ?memory|allocate|MemoryError|a primitive", repr(error)):
         return f"out of memory: try less than --cache-gib {args.cache_gib}"
     message = " ".join(str(error).split())
@@ -1578,8 +1597,9 @@ def main(argv: list[str] | None = None) -> None:
         message = error_message(error, args)
         is_out_of_memory = message.startswith("out of memory")
         is_own_network = args is not None and args.network is not None
+        # A plain RuntimeError is a fault of this program, unless it is the user's network that fails.
         if type(error) is RuntimeError and not is_out_of_memory and not is_own_network:
-            raise  # it is not a mistake of the user
+            raise
         stop(2, f"error: {message}")
 
 

@@ -3,7 +3,7 @@
 A domain is a dictionary of splits, name: (images, labels). Images are uint8 [N, channels, H, W],
 labels int64 [N]. A source domain has the splits "source" (its network is trained on these images),
 "pool" (target training sets are drawn from it), "val" and "test". A target domain has the last
-three. No image is in two splits of a domain. The splits, and the random numbers of a shift, depend
+three, and so has ILSVRC, whose network comes trained. No image is in two splits of a domain. The splits, and the random numbers of a shift, depend
 only on DATA_SEED: they are the same in every run.
 
 Where nothing else is said, splits and shifts are those of the authors' code. It works on images in
@@ -61,7 +61,7 @@ INPUT_SHAPES = {"mnist": (1, 28), "cifar": (3, 32), "quickdraw": (1, 32)}
 
 def needs(source: str, target: str) -> list[str]:
     """The names in DATASETS of the data sets that a scenario reads."""
-    if target in PACS:
+    if target in PACS:  # of its source, ILSVRC, only the network is needed
         return [target]
     if target in NATURAL:
         return [source, target]
@@ -103,8 +103,9 @@ def load(
         return _pacs(name, root, report, shift)
 
     domain = REAL_DOMAINS[name](root) if root else _built_in(name)
+    splits = ("pool", "val", "test") if target else list(domain)
     inputs = {}
-    for split in ("pool", "val", "test") if target else domain:
+    for split in splits:
         images, labels = domain[split]
         images = shift(images, _generator(f"{source} {target} {split}"))
         if source in INPUT_SHAPES:
@@ -126,19 +127,19 @@ def _to_input(x: torch.Tensor, channels: int, side: int) -> torch.Tensor:
     return x.expand(-1, channels, -1, -1)
 
 
-def subsample(data: Data, ratio: int, largest: int, seed: int) -> Data:
-    """Draw the share ratio / largest of each class, rounded up (section 5.1, Table 2).
+def subsample(data: Data, ratio: int, largest_ratio: int, seed: int) -> Data:
+    """Draw the share ratio / largest_ratio of each class, rounded up (section 5.1, Table 2).
 
-    `largest` is the ratio that stands for all images.
+    At the largest ratio, all images are taken.
     """
     images, labels = data
-    if ratio == largest:  # no second copy of a large pool
+    if ratio == largest_ratio:  # no second copy of a large pool
         return data
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     chosen = []
     for label in labels.unique():
         indices = order[labels[order] == label]
-        chosen.append(indices[: math.ceil(ratio * len(indices) / largest)])
+        chosen.append(indices[: math.ceil(ratio * len(indices) / largest_ratio)])
     chosen = torch.cat(chosen)
     return images[chosen], labels[chosen]
 
@@ -154,24 +155,25 @@ def _generator(name: str) -> torch.Generator:
 # Floats are always float32, so that PyTorch's default dtype does not change an image.
 
 
-def blur(x: torch.Tensor, rng: torch.Generator, taps: int, sigma: float) -> torch.Tensor:
-    """Convolve with a bell-shaped kernel of taps x taps pixels. Outside of the image is black.
+def blur(x: torch.Tensor, rng: torch.Generator, taps: int, reach: float) -> torch.Tensor:
+    """Convolve with the authors' kernel of taps x taps pixels. Outside of the image is black.
 
     The kernel is sqrt(p p^T), divided by its sum. Here, p[i] is the probability of a standard
     normal variable in the i-th of `taps` equal intervals from -edge to edge, where
-    edge = sigma + (2 sigma + 1) / (2 taps). An even kernel has one more pixel on the right and
-    below its center than on the left and above.
+    edge = reach + (2 reach + 1) / (2 taps). So `reach` is about how many standard deviations the
+    kernel reaches from its center: a small one makes it nearly a box. With an even number of taps,
+    there is one more on the right and below the center than on the left and above.
     """
-    edge = sigma + (2 * sigma + 1) / (2 * taps)
+    edge = reach + (2 * reach + 1) / (2 * taps)
     bounds = torch.linspace(-edge, edge, taps + 1, dtype=torch.float32)
-    kernel = torch.special.ndtr(bounds).diff().sqrt()
-    kernel = kernel / kernel.sum()  # the two-dimensional kernel is its outer product
+    kernel_1d = torch.special.ndtr(bounds).diff().sqrt()
+    kernel_1d = kernel_1d / kernel_1d.sum()
 
-    # Convolving all rows with it is a product with a banded matrix, and so for all columns.
+    # matrix @ x convolves every column with the kernel, and x @ matrix.T every row.
     pixel = torch.arange(x.shape[2])
-    tap = pixel - pixel[:, None] + (taps - 1) // 2  # (output, input)
+    tap = pixel - pixel[:, None] + (taps - 1) // 2  # [i, j]: from input pixel j to output pixel i
     is_in_kernel = (0 <= tap) & (tap < taps)
-    matrix = kernel[tap.clamp(0, taps - 1)].where(is_in_kernel, 0)
+    matrix = kernel_1d[tap.clamp(0, taps - 1)].where(is_in_kernel, 0)
     return _map_chunks(lambda chunk: matrix @ chunk @ matrix.T, x)
 
 
@@ -200,9 +202,10 @@ def noise(x: torch.Tensor, rng: torch.Generator, sigma: float) -> torch.Tensor:
 def photo_background(
     x: torch.Tensor, rng: torch.Generator, photos: list[torch.Tensor]
 ) -> torch.Tensor:
-    """MNIST-M: |patch - digit| in each channel [N, 3, H, W], where the digit is 255 if x > 0, else 0.
+    """MNIST-M: a patch of a photo [N, 3, H, W], inverted where x > 0.
 
-    The patch is drawn from `photos`, each uint8 [3, h, w]. Ganin's original has grey digits, too.
+    The patch is drawn from `photos`, each uint8 [3, h, w]. Ganin's original is |patch - x|, with
+    the grey values of the digit.
     """
     num_images, _, height, width = x.shape
     photo_of_image = torch.randint(len(photos), (num_images,), generator=rng)
@@ -221,7 +224,7 @@ def transform_random(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     """An affine map for each image, with parameters that are drawn uniformly (see `affine`).
 
     angle in [-1.5, 1.5), scale in [1, 2.5) for x and for y, and, again for x and for y, move in
-    [-(scale - 1) / 2, (scale - 1) / 2).
+    [-(scale - 1) / 2, (scale - 1) / 2), which is less than a pixel, as in the authors' code.
     """
     u = _rand(5, len(x), rng=rng)
     angle = 3 * u[0] - 1.5
@@ -231,7 +234,7 @@ def transform_random(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 
 def transform_fixed(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """One affine map for all images: the authors' draw, by seed 42 of NumPy's old generator."""
+    """One affine map for all images: the one that the authors drew."""
     return affine(x, angle=[-0.3764], scale=[[2.4261, 2.0980]], move=[[-0.1407, 0.3777]])
 
 
@@ -295,13 +298,14 @@ def scaling_symmetric(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 def scaling_stretch(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     """Add mirrored borders of 1, 2, 4, ... pixels one after the other, and resize to the old size.
 
-    At 224 pixels, the last border has 64. Each border also mirrors the ones before: near the
-    image, it looks stretched.
+    The last border has 64 of 224 pixels. Each border mirrors the ones before: this repeats the
+    pixels near the edge of the image, which looks stretched.
     """
     side = x.shape[2]
+    largest_border = side * 64 // 224
     padded = x
     border = 1
-    while border <= side * 2 / 7:
+    while border <= largest_border:
         padded = _with_mirrored_border(padded, border)
         border *= 2
     return _resized(padded, side)
@@ -333,18 +337,21 @@ def yuv(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 def hsv(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     """Hue, saturation and value in place of R, G and B, each from 0 to 255. The hue of grey is 0.
 
-    value = max(R, G, B), span = value - min(R, G, B), saturation = 255 span / value.
-    hue = 255 / 6 * ((G - B) / span mod 6) where R is the largest, (B - R) / span + 2 in place of
-    the fraction where G is, and (R - G) / span + 4 where B is.
+    With value = max(R, G, B) and span = value - min(R, G, B), saturation = 255 span / value, and
+    hue = 255 / 6 (sixths mod 6), where
+
+        sixths = (G - B) / span      if R is the largest,
+                 (B - R) / span + 2  if G is the largest,
+                 (R - G) / span + 4  if B is the largest.
     """
 
     def converted(chunk):
-        value, largest = chunk.max(1)
+        value, largest_channel = chunk.max(1)
         span = value - chunk.amin(1)
         red, green, blue = chunk.unbind(1)
         differences = torch.stack([green - blue, blue - red, red - green], 1)
-        difference = differences.gather(1, largest[:, None])[:, 0]
-        sixths = difference / span.clamp(min=1) + 2 * largest
+        difference = differences.gather(1, largest_channel[:, None])[:, 0]
+        sixths = difference / span.clamp(min=1) + 2 * largest_channel
         hue = (sixths % 6 / 6 * 255).masked_fill(span == 0, 0)
         saturation = span / value.clamp(min=1) * 255
         return torch.stack([hue, saturation, value], 1)
@@ -377,15 +384,15 @@ def _randn(*shape: int, rng: torch.Generator) -> torch.Tensor:
 
 
 SHIFTS = {  # by source and target; sizes and strengths are those of the authors' code
-    ("mnist", "blurry"): partial(blur, taps=8, sigma=1.0),
+    ("mnist", "blurry"): partial(blur, taps=8, reach=1.0),
     ("mnist", "occluded"): occlude,
     ("mnist", "mnist-m"): photo_background,
     ("mnist", "transform-random"): transform_random,
     ("mnist", "transform-fixed"): transform_fixed,
     ("cifar", "noisy"): partial(noise, sigma=30),
-    ("cifar", "blurry"): partial(blur, taps=4, sigma=0.5),
+    ("cifar", "blurry"): partial(blur, taps=4, reach=0.5),
     ("quickdraw", "noisy"): partial(noise, sigma=30),
-    ("quickdraw", "blurry"): partial(blur, taps=5, sigma=0.5),
+    ("quickdraw", "blurry"): partial(blur, taps=5, reach=0.5),
     ("ilsvrc", "yuv"): yuv,
     ("ilsvrc", "hsv"): hsv,
     ("ilsvrc", "rotation"): partial(rotate, angle=0.6),
@@ -408,15 +415,15 @@ class Files:
     """A data set of single files."""
 
     url: str | None  # of the folder with the files; None: it cannot be downloaded freely
-    md5: dict[str, str | None]  # MD5, where one is known, by path in the folder of the data
+    files: dict[str, str | None]  # path in the folder of the data: MD5, where one is known
     num_bytes: int | None = None  # how much of each file is needed; None: all of it
 
     def is_complete(self, root: Path) -> bool:
-        return all(_unzipped(root / file).exists() for file in self.md5)
+        return all(_unzipped(root / file).exists() for file in self.files)
 
     def download(self, root: Path, report: Report) -> None:
         """Raises MissingError."""
-        for file, md5 in self.md5.items():
+        for file, md5 in self.files.items():
             path = root / file
             if not self.url:
                 raise MissingError(
@@ -452,6 +459,7 @@ class Archive:
             path.unlink()
 
 
+# CIFAR's classes without deer, in CIFAR's order
 QUICKDRAW = ("airplane", "car", "bird", "cat", "dog", "frog", "horse", "cruise ship", "truck")
 QUICKDRAW_ROWS = 10000  # drawings of each class that are used
 # Domain: its folder, and its number of images, with those of the class "person".
@@ -476,7 +484,7 @@ def _pacs_archive(name: str) -> Archive:
 DATASETS = {
     "mnist": Files(
         url="https://ossci-datasets.s3.amazonaws.com/mnist/",
-        md5={
+        files={
             "mnist/train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
             "mnist/train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
             "mnist/t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
@@ -485,7 +493,7 @@ DATASETS = {
     ),
     "svhn": Files(
         url="http://ufldl.stanford.edu/housenumbers/",
-        md5={
+        files={
             "svhn/train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373",
             "svhn/test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3",
         },
@@ -499,7 +507,7 @@ DATASETS = {
     ),
     "quickdraw": Files(
         url="https://storage.googleapis.com/quickdraw_dataset/full/numpy_bitmap/",
-        md5={f"quickdraw/{name}.npy": None for name in QUICKDRAW},
+        files={f"quickdraw/{name}.npy": None for name in QUICKDRAW},
         num_bytes=QUICKDRAW_ROWS * 784 + 1024,  # with the header
     ),
     "bsds500": Archive(
@@ -509,10 +517,10 @@ DATASETS = {
         folder="bsds500",
         num_files=200,
     ),
-    "ilsvrc": Files(url=None, md5={"ilsvrc/val": None}),
+    "ilsvrc": Files(url=None, files={"ilsvrc/val": None}),
     "inception2": Files(
         url="https://github.com/taehoonlee/deep-learning-models/releases/download/inception/",
-        md5={"inception2.npz": "0476b876a5d35a99e2747f98248d856d"},
+        files={"inception2.npz": "0476b876a5d35a99e2747f98248d856d"},
     ),
     "art": _pacs_archive("art"),
     "cartoon": _pacs_archive("cartoon"),
@@ -534,10 +542,10 @@ def fetch(
     report: Report,
     num_bytes: int | None = None,
     missing: Path | None = None,
-) -> Path:
+) -> None:
     """Download `url`, or its first `num_bytes` bytes, to `path`, which exists only when complete.
 
-    Raises MissingError, which says that `missing` (by default, `path`) is missing.
+    Raises MissingError, which names what the user has to provide: `missing`, or else `path`.
     """
     part = path.with_name(f"{path.name}.{token_hex(4)}.part")
     try:
@@ -545,7 +553,7 @@ def fetch(
         digest = _download(url, part, path.name, report, num_bytes)
         if md5 and digest != md5:
             raise OSError(f"its MD5 is not {md5}")
-        return part.replace(path)
+        part.replace(path)
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = f"downloading {url} failed ({_one_line(error)})"
         raise MissingError(f"{missing or path} is missing, and {reason}: put it there") from error
@@ -565,7 +573,7 @@ def _download(url: str, part: Path, name: str, report: Report, num_bytes: int | 
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response, open(part, "wb") as file:
         total = int(response.headers.get("Content-Length") or 0)
         expected = min(total, limit)
-        while True:
+        while received < limit:
             chunk = response.read1(min(1 << 18, limit - received))
             if not chunk:
                 break
@@ -575,8 +583,10 @@ def _download(url: str, part: Path, name: str, report: Report, num_bytes: int | 
             report(f"downloading {name}, {received >> 20} of {expected >> 20} MiB")
             if time.monotonic() - start > TIMEOUT + received / MIN_BYTES_PER_SECOND:
                 raise OSError("it is too slow")
-    if received < expected or received == MAX_ARCHIVE_BYTES:
-        raise OSError(f"it ended after {received} of {total} bytes")
+    if received < expected:
+        raise OSError(f"it ended after {received} of {expected} bytes")
+    if received == MAX_ARCHIVE_BYTES:
+        raise OSError(f"it has {MAX_ARCHIVE_BYTES} bytes or more")
     return digest.hexdigest()
 
 
@@ -605,7 +615,7 @@ def _unpack(path: Path, archive: Archive, folder: Path) -> None:
             part.rename(folder)
     except Exception as error:  # a broken archive may raise anything
         reason = f"unpacking {archive.url} failed ({_one_line(error)})"
-        raise MissingError(f"{folder} is missing, and {reason}: fill it") from error
+        raise MissingError(f"{folder} is missing, and {reason}: put the files there") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -644,7 +654,7 @@ class _SizeLimited:
 
 
 def _file_reader(parse):
-    """Decorator: make a function of a file's bytes a function of its path.
+    """Decorator that turns parse(bytes) into read(path).
 
     Files that end in .gz are unpacked. Whatever goes wrong becomes a DataError.
     """
@@ -784,9 +794,9 @@ def _pillow():
 @cache
 def _mnist(root: Path) -> dict[str, Data]:
     """The first 5,000 training images are "val", then 25,000 random ones "source", 30,000 "pool"."""
-    train_images, train_labels, test_images, test_labels = DATASETS["mnist"].md5
+    train_images, train_labels, test_images, test_labels = DATASETS["mnist"].files
     images, labels = _digits(root, train_images, train_labels)
-    num_val = len(labels) * 5 // 60
+    num_val = len(labels) * 5 // 60  # in proportion: fewer images of the same form work as well
     rest = images[num_val:], labels[num_val:]
     splits = _random_split(rest, "mnist", source=25, pool=30)
     splits["val"] = images[:num_val], labels[:num_val]
@@ -798,7 +808,7 @@ def _digits(root: Path, images_file: str, labels_file: str) -> Data:
     images = read_idx(_unzipped(root / images_file))
     labels = read_idx(_unzipped(root / labels_file))
     has_shapes = images.shape[1:] == (28, 28) and labels.shape == images.shape[:1]
-    if not has_shapes or len(labels) < 60 or labels.max() > 9:
+    if not has_shapes or len(labels) < 60 or labels.max() > 9:  # of fewer, a split is empty
         raise DataError(f"{root / 'mnist'}: the files are not MNIST's: delete them")
     return images[:, None], labels.long()
 
@@ -806,9 +816,9 @@ def _digits(root: Path, images_file: str, labels_file: str) -> Data:
 @cache
 def _svhn(root: Path) -> dict[str, Data]:
     """The first 10,000 of the 73,257 training images are "val", all others "pool"."""
-    train_file, test_file = DATASETS["svhn"].md5
+    train_file, test_file = DATASETS["svhn"].files
     images, labels = _house_numbers(root / train_file)
-    num_val = len(labels) * 10000 // 73257
+    num_val = len(labels) * 10000 // 73257  # in proportion: fewer images work as well
     return {
         "pool": (images[num_val:], labels[num_val:]),
         "val": (images[:num_val], labels[:num_val]),
@@ -854,9 +864,9 @@ def _cifar(root: Path) -> dict[str, Data]:
 def _quickdraw(root: Path) -> dict[str, Data]:
     """The first 10,000 drawings of each class, dark on white [N, 1, 28, 28], shuffled together.
 
-    Of these 90,000, 35,000 are "source", 30,000 "pool", 5,000 "val" and 15,000 "test".
+    Of these 90,000, 35,000 are "source", 30,000 "pool", 5,000 "val", 15,000 "test", 5,000 unused.
     """
-    drawings = [255 - read_drawings(root / file) for file in DATASETS["quickdraw"].md5]
+    drawings = [255 - read_drawings(root / file) for file in DATASETS["quickdraw"].files]
     images = torch.from_numpy(np.concatenate(drawings)).view(-1, 1, 28, 28)
     num_drawings = torch.tensor([len(class_drawings) for class_drawings in drawings])
     labels = torch.arange(len(drawings)).repeat_interleave(num_drawings)
@@ -890,7 +900,7 @@ PACS_CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house")  # wit
 def _ilsvrc(root: Path, report: Report, shift: Callable) -> dict[str, Data]:
     """ILSVRC2012's validation images, shuffled: 25,000 "pool", 5,000 "val", 20,000 "test".
 
-    The shorter side is resized to 256 pixels, and of that the middle 224 x 224 pixels are taken.
+    The central square, with 224 / 256 of the shorter side, is resized to 224 x 224 pixels.
     """
     folder = root / "ilsvrc" / "val"
     classes = sorted(path.name for path in folder.glob("*") if path.is_dir())
@@ -958,12 +968,12 @@ def _read_images(
         return _resized(image[None], SIDE)
 
     domain = {}
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as threads:
         for split, (indices, labels) in splits.items():
             images = torch.empty(len(labels), 3, SIDE, SIDE, dtype=torch.uint8)
             for start in range(0, len(labels), 256):
                 batch = slice(start, start + 256)
-                resized = torch.cat(list(pool.map(read, indices[batch])))
+                resized = torch.cat(list(threads.map(read, indices[batch])))
                 images[batch] = shift(resized, None)  # these shifts draw no random numbers
                 report(f"reading images of the {split} split, {start} of {len(labels)}")
             domain[split] = images, labels
@@ -1029,14 +1039,14 @@ def draw_digits(num_images: int, rng: torch.Generator) -> Data:
         points = points + 0.35 * _randn(n, len(stroke), 2, rng=rng)
         num_dots = 12 * len(stroke)
         dots = interpolate(points.mT, size=num_dots, mode="linear", align_corners=True)
-        angle = _uniform(n, rng, 0.2)[:, None]
-        slant = _uniform(n, rng, 0.25)[:, None]
-        zoom = _uniform(n, rng, 0.15)[:, None]
+        angle = _plus_minus(n, rng, 0.2)[:, None]
+        slant = _plus_minus(n, rng, 0.25)[:, None]
+        zoom = _plus_minus(n, rng, 0.15)[:, None]
         x, y = ((dots - 5) * 2.1 * (1 + zoom[:, None])).unbind(1)  # (n, dots), in pixels
         x = x + slant * y
-        rotated_x = x * angle.cos() - y * angle.sin() + _uniform(n, rng, 2)[:, None]
-        rotated_y = x * angle.sin() + y * angle.cos() + _uniform(n, rng, 2)[:, None]
-        width = (1 + _uniform(n, rng, 0.3))[:, None, None]
+        rotated_x = x * angle.cos() - y * angle.sin() + _plus_minus(n, rng, 2)[:, None]
+        rotated_y = x * angle.sin() + y * angle.cos() + _plus_minus(n, rng, 2)[:, None]
+        width = (1 + _plus_minus(n, rng, 0.3))[:, None, None]
         # A dot is a Gaussian: a product of a function of the row and one of the column. So the sum
         # of all dots is a matrix product.
         dot_sum = bells(rotated_y, width) @ bells(rotated_x, width).mT  # (n, 28, 28)
@@ -1143,10 +1153,10 @@ OBJECTS = {  # capsules (x, y, x, y, radius) in a square from -100 to 100, y dow
 def draw_objects(
     num_images: int, rng: torch.Generator, style: str, classes: int = 9, side: int = 32
 ) -> Data:
-    """Images [N, 3, side, side] of the first objects, and their classes.
+    """Images [N, 3, side, side] of the first `classes` kinds of OBJECTS, and their classes.
 
-    `style` is "photo", "art", "cartoon", "sketch" or "drawing", which has one channel. Random in
-    each image: the parts of the object, rotation, size, place, direction and colours.
+    `style` is one of STYLES; a "drawing" has one channel. Random in each image: the parts of the
+    object, rotation, size, place, direction and colours.
     """
     labels = torch.arange(num_images) % classes
     images = [_paint(style, part, rng, side) for part in labels.split(500)]
@@ -1160,17 +1170,18 @@ def _paint(style: str, labels: torch.Tensor, rng: torch.Generator, side: int) ->
     return (images * 255).round().clamp(0, 255).byte()
 
 
-# The styles take labels [n], distances to the object's outline in pixels, negative inside
-# [n, 1, side, side], random colours [n, 3, 1, 1] and the generator. Images have values in [0, 1].
+# A style takes labels [n], the distance of each pixel to the object's outline [n, 1, side, side]
+# (in pixels, negative inside), random colours [n, 3, 1, 1], and the generator. It returns images
+# with values in [0, 1].
 
 
 def _photo(labels, distance, color, rng) -> torch.Tensor:
-    """Shaded objects in a colour that is typical of the class, by day and by night."""
+    """Shaded objects in a colour that is typical of the class, on a bright or dark background."""
     n, side = len(labels), distance.shape[-1]
     hue = _typical_hue(labels, rng)
-    is_rim_light = torch.randint(2, (n, 1, 1, 1), generator=rng)
-    depth = (-distance / side * 12).clamp(0, 1)
-    shade = 0.35 + 0.65 * (is_rim_light - depth).abs()
+    is_lit_at_rim = torch.randint(2, (n, 1, 1, 1), generator=rng)  # else in the middle
+    depth = (-distance / side * 12).clamp(0, 1)  # 0 at the outline, 1 in the middle
+    shade = 0.35 + 0.65 * (is_lit_at_rim - depth).abs()
     body = (0.15 + 0.8 * _rainbow(hue)) * shade + 0.08 * _texture(n, rng, side, (16, 16))
     background = 0.2 + 0.8 * color + 0.12 * _texture(n, rng, side, (2, 2), (5, 5))
     background = background * _rand(n, 1, 1, 1, rng=rng)
@@ -1227,24 +1238,26 @@ def _distance(labels: torch.Tensor, rng: torch.Generator, side: int) -> torch.Te
     num_parts = max(len(parts) for parts in OBJECTS.values())
     capsules = []
     for parts in OBJECTS.values():
-        padding = [parts[0]] * (num_parts - len(parts))
+        padding = [parts[0]] * (num_parts - len(parts))  # a part twice does not change the shape
         capsules.append(parts + padding)
     capsules = torch.tensor(capsules, dtype=torch.float32)[labels] / 100  # (n, parts, 5)
-    ends, radius = capsules.split([4, 1], 2)
-    ends = ends.reshape(n, 2 * num_parts, 2) + 0.04 * _randn(n, 2 * num_parts, 2, rng=rng)
+    ends, radius = capsules.split([4, 1], 2)  # (n, parts, 4) and (n, parts, 1)
+    ends = ends.reshape(n, 2 * num_parts, 2)  # (x, y) of both ends of each part
+    ends = ends + 0.04 * _randn(n, 2 * num_parts, 2, rng=rng)
 
-    angle = _uniform(n, rng, 0.25)
-    zoom = _uniform(n, rng, 0.15)
-    stretch = _uniform(n, rng, 0.15)
-    thickness = _uniform(n, rng, 0.2)
+    angle = _plus_minus(n, rng, 0.25)
+    zoom = _plus_minus(n, rng, 0.15)
+    stretch = _plus_minus(n, rng, 0.15)
+    thickness = _plus_minus(n, rng, 0.2)
     flip = torch.randint(2, (n,), generator=rng) * 2 - 1
     x_scale = flip * (1 + stretch)
     rotation = [angle.cos() * x_scale, angle.sin() * x_scale, -angle.sin(), angle.cos()]
-    rotation = torch.stack(rotation, 1).view(n, 2, 2)
-    size = (0.85 * (1 + zoom))[:, None, None]
+    rotation = torch.stack(rotation, 1).view(n, 2, 2)  # for points that are rows: ends @ rotation
+    size = (0.85 * (1 + zoom))[:, None, None]  # (n, 1, 1)
     move = 0.3 * _rand(n, 1, 2, rng=rng) - 0.15
     ends = (size * ends @ rotation + move).view(n, num_parts, 2, 2, 1, 1)
-    radius = radius[..., None] * (size * (1 + thickness[:, None, None]))[:, None]
+    thickness = size * (1 + thickness[:, None, None])  # (n, 1, 1)
+    radius = radius[..., None] * thickness[:, None]  # (n, parts, 1, 1)
 
     x = (torch.arange(side, dtype=torch.float32) + 0.5) * 2 / side - 1  # (side)
     y = x[:, None]  # (side, 1)
@@ -1263,7 +1276,7 @@ def _distance(labels: torch.Tensor, rng: torch.Generator, side: int) -> torch.Te
     return nearest[:, None] * side / 2
 
 
-def _uniform(n: int, rng: torch.Generator, limit: float) -> torch.Tensor:
+def _plus_minus(n: int, rng: torch.Generator, limit: float) -> torch.Tensor:
     """Random numbers [n] from -limit to limit."""
     return (_rand(n, rng=rng) * 2 - 1) * limit
 
@@ -1280,7 +1293,7 @@ def _rainbow(hue: torch.Tensor) -> torch.Tensor:
 
 
 def _texture(n: int, rng: torch.Generator, side: int, *cells: tuple[int, int]) -> torch.Tensor:
-    """Colour noise [n, 3, side, side]: the mean of random grids with so many (rows, columns)."""
+    """Colour noise [n, 3, side, side]: the mean of random grids, one for each (rows, columns)."""
     grids = [_randn(n, 3, *size, rng=rng) for size in cells]
     resized = [interpolate(grid, size=(side, side), mode="bilinear") for grid in grids]
     return sum(resized) / len(resized)
@@ -1294,19 +1307,19 @@ class BuiltIn:
     sizes: dict[str, int]
 
 
-DIGITS = {"source": 5000, "pool": 30000, "val": 1000, "test": 2000}
-SMALL = {"source": 5400, "pool": 18000, "val": 900, "test": 1800}
-LARGE = {"source": 4200, "pool": 1200, "val": 300, "test": 1200}
-_large_objects = partial(draw_objects, classes=6, side=40)
+DIGIT_SIZES = {"source": 5000, "pool": 30000, "val": 1000, "test": 2000}
+SIZES_32_PIXELS = {"source": 5400, "pool": 18000, "val": 900, "test": 1800}
+SIZES_40_PIXELS = {"source": 4200, "pool": 1200, "val": 300, "test": 1200}
+_draw_40_pixels = partial(draw_objects, classes=6, side=40)
 BUILT_IN = {
-    "mnist": BuiltIn(draw_digits, DIGITS),
-    "svhn": BuiltIn(draw_house_numbers, DIGITS),
-    "cifar": BuiltIn(partial(draw_objects, style="photo"), SMALL),
-    "quickdraw": BuiltIn(partial(draw_objects, style="drawing", side=28), SMALL),
-    "ilsvrc": BuiltIn(partial(_large_objects, style="photo"), LARGE),
-    "art": BuiltIn(partial(_large_objects, style="art"), LARGE),
-    "cartoon": BuiltIn(partial(_large_objects, style="cartoon"), LARGE),
-    "sketch": BuiltIn(partial(_large_objects, style="sketch"), LARGE),
+    "mnist": BuiltIn(draw_digits, DIGIT_SIZES),
+    "svhn": BuiltIn(draw_house_numbers, DIGIT_SIZES),
+    "cifar": BuiltIn(partial(draw_objects, style="photo"), SIZES_32_PIXELS),
+    "quickdraw": BuiltIn(partial(draw_objects, style="drawing", side=28), SIZES_32_PIXELS),
+    "ilsvrc": BuiltIn(partial(_draw_40_pixels, style="photo"), SIZES_40_PIXELS),
+    "art": BuiltIn(partial(_draw_40_pixels, style="art"), SIZES_40_PIXELS),
+    "cartoon": BuiltIn(partial(_draw_40_pixels, style="cartoon"), SIZES_40_PIXELS),
+    "sketch": BuiltIn(partial(_draw_40_pixels, style="sketch"), SIZES_40_PIXELS),
 }
 
 
