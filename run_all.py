@@ -105,9 +105,9 @@ TABLE_3 = {
     ("ilsvrc", "sketch", 200): (0.924, 0.924, 0.890, 0.767, None, 0.916, 0.875),
 }
 
-# The unit with the best proxy, at each of the target's ratios. It is from the supplement, which is
-# not public, but whose plots are in the authors' code. There, the network for PACS was first tuned
-# on photos of PACS.
+# The unit with the best proxy, at each of the target's ratios: from the authors' code, where the
+# plots of the paper's supplement are made (the supplement itself is not public). For PACS, theirs
+# is a network that was first tuned on photos of PACS, and ours is not.
 BEST_PROXY = {
     ("mnist", "blurry"): {"fast-flex": (3, 3, 3, 3), "faster-flex": (3, 3, 3, 3)},
     ("mnist", "occluded"): {"fast-flex": (3, 3, 3, 3), "faster-flex": (3, 3, 3, 3)},
@@ -134,6 +134,7 @@ BEST_PROXY = {
 # AP@10, in the order of TABLE_4_METHODS. The paper does not say at which ratio. We compare with the
 # middle one.
 TABLE_4_METHODS = ("ft-fc-1", "ft-all", "flex")
+TABLE_4_RATIOS = (12, 20)  # of ILSVRC and of PACS
 TABLE_4 = {
     "yuv": (0.80, 0.75, 0.85),
     "hsv": (0.47, 0.52, 0.85),
@@ -141,6 +142,8 @@ TABLE_4 = {
     "cartoon": (0.53, 0.83, 0.86),
     "sketch": (0.39, 0.85, 0.86),
 }
+
+PAIRS = list(SOURCE_ACCURACY)  # all (source, target)
 
 TIMES_BEST = "flex 60, fast-flex 41, ft-all 26"  # of 72 scenarios, section 5.2
 
@@ -209,10 +212,11 @@ MNIST = Protocol(
 CIFAR = Protocol(
     network="7-layer",
     build=models.cifar_net,
-    # Rate, batch size and most epochs are those of the authors' code; when to stop is our choice.
+    # lr, batch_size and max_epochs are those of the authors' code, the others are our choice.
     pretraining=Settings(lr=1e-3, batch_size=50, max_epochs=50, check_every=3, patience=3),
     tuning=Settings(lr=1e-3),  # section 5.1; the authors' code does not say
-    schedules=dict(zip((2, 20, 200, 2000), MNIST.schedules.values())),  # not published
+    # The schedules for CIFAR are not published: these are MNIST's.
+    schedules=dict(zip((2, 20, 200, 2000), MNIST.schedules.values())),
 )
 QUICKDRAW = replace(CIFAR, build=partial(models.cifar_net, channels=1))
 ILSVRC = Protocol(
@@ -220,8 +224,8 @@ ILSVRC = Protocol(
     load=lambda root: models.load_inception2(root / "inception2.npz"),
     required_files=("inception2",),
     tuning=Settings(lr=1e-4, top_k=5),  # section 5.1; the authors' code stops by top-1 accuracy
-    # The schedules are those of the authors' code for PACS, because it has none for ILSVRC. The
-    # ratios are those of Table 2. (Their code takes the shares .01, .5 and 1 of the pool.)
+    # The ratios are those of Table 2. (The authors' code for ILSVRC takes .01, .5 and 1 of the pool
+    # instead.) It has no schedules for ILSVRC: these are PACS's.
     schedules={
         2: Schedule(batch_size=8, max_epochs=2000, steps_between_validations=100),
         12: Schedule(batch_size=8, max_epochs=1000, steps_between_validations=150),
@@ -344,7 +348,7 @@ def flex_i2i(task: Task, target: str) -> Selection:
     All units of the source network stay frozen while it is tuned.
     """
     channels = task.train[0].shape[1]
-    image_unit = seeded(partial(image_to_image_unit(target), channels), task.settings.seed)
+    image_unit = seeded(partial(image_to_image_class(target), channels), task.settings.seed)
     longer_net = nn.Sequential(image_unit, *task.net)
     longer_task = Task(longer_net, task.train, task.val, task.settings, task.report)
     result = replace(flextune.fine_tune(longer_task, 1), units=(0,))
@@ -353,8 +357,8 @@ def flex_i2i(task: Task, target: str) -> Selection:
     return Selection(chosen=best, best=best, tuned=tuned)
 
 
-def image_to_image_unit(target: str) -> type[nn.Module]:
-    """The image-to-image unit for a geometric shift, for a shift of colours, or for others."""
+def image_to_image_class(target: str) -> type[nn.Module]:
+    """The kind of image-to-image unit: for geometric shifts, for shifts of colours, for others."""
     if target.startswith(("transform-", "scaling-", "rotation")):
         return models.SpatialTransformer
     if target in ("yuv", "hsv"):
@@ -463,11 +467,15 @@ class Run:
         }
 
     def source_key(self) -> tuple:
-        """What the source networks of one command differ in. (PACS adapts the head, ILSVRC not.)"""
+        """Runs with the same key share a source network. PACS's has another head than ILSVRC's."""
         return self.scenario.source, self.protocol.adapt_head, self.root, self.source_seed
 
     def path(self, method: str, out: Path) -> Path:
-        """The file of a result: its identity, and a checksum of all else that changes it."""
+        """The file of a result: its identity, and a checksum of how networks are trained.
+
+        The schedule stands for check_every, which is not set yet. Images and the code of this
+        program are not part of it.
+        """
         key = checksum(
             RESULT_FORMAT,
             result_settings(self.settings),
@@ -491,11 +499,11 @@ class Run:
 
     def cost(self) -> float:
         """Roughly how long the run takes compared with others, to estimate the time left."""
-        num_trainings = 12 if "flex" in self.methods else len(self.methods)  # flex has the most
-        cost_of_network = {"4-layer": 1, "7-layer": 10, "Inception2": 300 if self.root else 6}
-        cost_per_image = cost_of_network.get(self.protocol.network, 300)
-        # A validation takes about as long as training on 100 images per class.
-        return num_trainings * cost_per_image * (self.scenario.ratio + 100)
+        num_trainings = 12 if "flex" in self.methods else len(self.methods)
+        cost_per_image = {"4-layer": 1, "7-layer": 10, "Inception2": 300 if self.root else 6}
+        # The validations take about as long as training on 100 more images per class.
+        num_images = self.scenario.ratio + 100
+        return num_trainings * cost_per_image.get(self.protocol.network, 300) * num_images
 
 
 def result_settings(settings: Settings) -> dict:
@@ -583,7 +591,7 @@ def plan_runs(pairs: list[tuple[str, str]], args: argparse.Namespace) -> list[Ru
         if root and any(missing_methods(run, args) for run in pair_runs):
             names = shifts.needs(source, target) + list(pair_runs[0].protocol.required_files)
             progress = Progress([1])
-            progress.title = "downloading the data"  # is printed only if there is something to do
+            progress.title = "downloading the data"  # `begin` would print it in any case
             try:
                 shifts.provide(names, root, progress.report)
             except shifts.MissingError as error:
@@ -649,8 +657,8 @@ def run_missing(runs: list[Run], args: argparse.Namespace) -> None:
         source_net_of(runs_to_pretrain[index])
     barrier("pretrained")
 
-    # The ranks count all runs, not those that are pending, because they may see different ones:
-    # another command can write results to the same folder.
+    # Indices refer to `runs`, which is the same in all ranks. `pending` may differ, where another
+    # command writes results to the same folder.
     progress = Progress([run.cost() if missing_methods(run, args) else 0 for run in runs])
     loaded = None
     for index in claim("runs", len(runs)):
@@ -731,7 +739,7 @@ def run_methods(
     """Run the methods, and write each result to args.out as soon as it is known."""
     num_trainings = len(net) + 6  # of all methods together, roughly
 
-    def report(text: str) -> None:
+    def report(text: str) -> None:  # is called during trainings, when there is a task
         progress.report(text, part=len(task.results) / num_trainings)
 
     task = run.task(net, domain, report)
@@ -794,7 +802,7 @@ def selection_fields(selection: Selection, test_accuracy: Callable[[nn.Sequentia
         "chosen": str(selection.chosen),
         "best": str(selection.best),
         "tied": [str(unit) for unit in selection.tied],
-        "proxies": selection.proxies,
+        "proxies": selection.proxies,  # in the file, the keys of both are text
         "candidates": candidates,
     }
 
@@ -1029,13 +1037,13 @@ def print_methods(scenario: Scenario, results: Results) -> None:
         if has_paper:
             published = published_accuracy(scenario, method)
             line.append("not published" if published is None else f"{published:.3f}")
-        notes = []
+        notes = []  # of what happens in at least one run
         source_accuracies = [row["history"][0][1] for row in rows]  # of epoch 0
         if any(row["val"] < accuracy for row, accuracy in zip(rows, source_accuracies)):
             notes.append("below the source")
         if any(row["diverged"] for row in rows):
             notes.append("diverged")
-        line.append(", ".join(notes))  # if it is so in at least one run
+        line.append(", ".join(notes))
         table.append(line)
     print_columns(table, num_left_aligned=1)
 
@@ -1058,8 +1066,8 @@ def print_units(results: Results) -> None:
                 tuned[row["seed"]] = row["candidates"][unit]
         accuracies = [format_mean(list(tuned.values()), field) for field in ("val", "test")]
         for method in PROXY_METHODS:
-            proxies = [row["proxies"] for row in results.get(method, [])]  # accuracies by unit
-            accuracies.append(format_mean(proxies, unit))
+            proxies = [row["proxies"] for row in results.get(method, [])]
+            accuracies.append(format_mean(proxies, field=unit))  # a field for each unit
         if set(accuracies) == {"-"}:
             continue
         times_chosen = Counter(row["method"] for row in all_rows if row.get("chosen") == unit)
@@ -1113,7 +1121,7 @@ def print_table_1(groups: dict[Scenario, Results]) -> None:
                 else:
                     single_units.append(candidate)
 
-        num_units = len(single_units) // len(all_units)
+        num_units = len(single_units) // len(all_units)  # flex tunes L units and "all" in a run
         e_one = mean_of(single_units, "epochs")
         e_all = mean_of(all_units, "epochs")
         c_one = mean_of(single_units, "seconds") / e_one
@@ -1155,7 +1163,7 @@ def print_table_3(groups: dict[Scenario, Results]) -> None:
                 table.append([title, *(cells.get(method, "") for method in methods)])
             times_best.update(best_methods(means))
         print_columns(table, num_left_aligned=1)
-        print("* better than every baseline (ft-)")
+        print("(*: better than every baseline, ft-)")
         counts = ", ".join(f"{m} {times_best[m]}" for m in methods if times_best[m])
         title = f"best in how many of {len(scenarios)} scenarios, ties counting for each"
         print(f"{title}: {counts} (paper, of 72: {TIMES_BEST})")
@@ -1236,12 +1244,12 @@ def print_table_4(groups: dict[Scenario, Results]) -> None:
             for method in TABLE_4_METHODS:
                 line.append(format_mean(results.get(method, []), "retrieval"))
             table.append(line)
-            has_published = scenario.target in TABLE_4 and scenario.ratio in (12, 20)
+            has_published = scenario.target in TABLE_4 and scenario.ratio in TABLE_4_RATIOS
             if has_published and is_paper_setting(scenario):
                 published = [f"{value:.2f}" for value in TABLE_4[scenario.target]]
                 table.append(["  paper", *published])
         print_columns(table, num_left_aligned=1)
-        print("- was not run, or the source's images are not there")
+        print("(-: not run, or without the images of the source)")
 
 
 TABLES = {1: print_table_1, 3: print_table_3, 4: print_table_4}
@@ -1303,7 +1311,7 @@ class UnitRanks:
     """A line of Figure 2: what is known of a target, over all of its ratios."""
 
     rank_sums: dict[str, int]  # by unit: the sum of its ranks
-    picks: dict[str, set[str]]  # by method: at each ratio, the candidate that most runs chose
+    picks: dict[str, set[str]]  # by method: what it chose in most runs of a ratio, for all ratios
 
 
 def rank_units(groups: dict[Scenario, Results]) -> dict[tuple, dict[str, UnitRanks]]:
@@ -1425,8 +1433,8 @@ def device(text: str) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    sources = list(dict.fromkeys(source for source, _ in SOURCE_ACCURACY))
-    targets = list(dict.fromkeys(target for _, target in SOURCE_ACCURACY))
+    sources = list(dict.fromkeys(source for source, _ in PAIRS))
+    targets = list(dict.fromkeys(target for _, target in PAIRS))
     integer_from_0 = partial(integer, minimum=0)
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -1482,7 +1490,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def select_pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
     """The (source, target) pairs that are asked for. Raises ValueError."""
-    pairs = [pair for pair in SOURCE_ACCURACY if args.source in (None, pair[0])]
+    pairs = [pair for pair in PAIRS if args.source in (None, pair[0])]
     for name in args.target or []:
         sources = [source for source, target in pairs if target == name]
         if not sources:
@@ -1505,8 +1513,8 @@ def check_options(pairs: list[tuple[str, str]], args: argparse.Namespace) -> Non
         hint = "for built-in images: --data builtin"
         raise ValueError(f"--data: there is no folder {args.data!r}; {hint}")
     if args.save:
-        any_folder = Path()  # only the number of runs matters
-        num_runs = sum(len(make_runs(*pair, any_folder, args)) for pair in pairs)
+        real_data = Path()  # any folder: only the number of runs matters
+        num_runs = sum(len(make_runs(*pair, real_data, args)) for pair in pairs)
         is_file_name = not args.save.exists() or args.save.is_file()
         if num_runs > 1 or not is_file_name:
             raise ValueError("--save: name a file, and one --target, one --ratio and --runs 1")

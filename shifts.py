@@ -3,7 +3,7 @@
 A domain is a dictionary of splits, name: (images, labels). Images are uint8 [N, channels, H, W],
 labels int64 [N]. A source domain has the splits "source" (its network is trained on these images),
 "pool" (target training sets are drawn from it), "val" and "test". A target domain has the last
-three, and so has ILSVRC, whose network comes trained. No image is in two splits of a domain. The splits, and the random numbers of a shift, depend
+three. So has the real ILSVRC, whose network comes trained. No image is in two splits of a domain. The splits, and the random numbers of a shift, depend
 only on DATA_SEED: they are the same in every run.
 
 Where nothing else is said, splits and shifts are those of the authors' code. It works on images in
@@ -156,13 +156,13 @@ def _generator(name: str) -> torch.Generator:
 
 
 def blur(x: torch.Tensor, rng: torch.Generator, taps: int, reach: float) -> torch.Tensor:
-    """Convolve with the authors' kernel of taps x taps pixels. Outside of the image is black.
+    """Convolve with a Gaussian kernel of taps x taps pixels. Outside of the image is black.
 
-    The kernel is sqrt(p p^T), divided by its sum. Here, p[i] is the probability of a standard
-    normal variable in the i-th of `taps` equal intervals from -edge to edge, where
-    edge = reach + (2 reach + 1) / (2 taps). So `reach` is about how many standard deviations the
-    kernel reaches from its center: a small one makes it nearly a box. With an even number of taps,
-    there is one more on the right and below the center than on the left and above.
+    The kernel is that of the authors' code: sqrt(p p^T), divided by its sum, where p[i] is the
+    probability of a standard normal variable in the i-th of `taps` equal intervals from -edge to
+    edge. The edge is `reach` (in standard deviations) plus half of their interval width,
+    (2 reach + 1) / taps. With an even number of taps, there is one more on the right and below the
+    center than on the left and above.
     """
     edge = reach + (2 * reach + 1) / (2 * taps)
     bounds = torch.linspace(-edge, edge, taps + 1, dtype=torch.float32)
@@ -171,7 +171,9 @@ def blur(x: torch.Tensor, rng: torch.Generator, taps: int, reach: float) -> torc
 
     # matrix @ x convolves every column with the kernel, and x @ matrix.T every row.
     pixel = torch.arange(x.shape[2])
-    tap = pixel - pixel[:, None] + (taps - 1) // 2  # [i, j]: from input pixel j to output pixel i
+    # tap[i, j] is the index of the tap that input pixel j has for output pixel i. If there is none,
+    # it is out of range.
+    tap = pixel - pixel[:, None] + (taps - 1) // 2
     is_in_kernel = (0 <= tap) & (tap < taps)
     matrix = kernel_1d[tap.clamp(0, taps - 1)].where(is_in_kernel, 0)
     return _map_chunks(lambda chunk: matrix @ chunk @ matrix.T, x)
@@ -212,19 +214,19 @@ def photo_background(
     place = _rand(2, num_images, rng=rng)
     patches = x.new_empty(num_images, 3, height, width)
     for number, photo in enumerate(photos):
-        images = (photo_of_image == number).nonzero()[:, 0]
+        indices = (photo_of_image == number).nonzero()[:, 0]
         windows = photo.unfold(1, height, 1).unfold(2, width, 1)  # (3, rows, columns, H, W)
-        row = (place[0, images] * windows.shape[1]).long()
-        column = (place[1, images] * windows.shape[2]).long()
-        patches[images] = windows[:, row, column].transpose(0, 1)
+        row = (place[0, indices] * windows.shape[1]).long()
+        column = (place[1, indices] * windows.shape[2]).long()
+        patches[indices] = windows[:, row, column].transpose(0, 1)
     return torch.where(x > 0, 255 - patches, patches)
 
 
 def transform_random(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """An affine map for each image, with parameters that are drawn uniformly (see `affine`).
+    """An affine map for each image, with uniform parameters (see `affine`).
 
-    angle in [-1.5, 1.5), scale in [1, 2.5) for x and for y, and, again for x and for y, move in
-    [-(scale - 1) / 2, (scale - 1) / 2), which is less than a pixel, as in the authors' code.
+    The angle is in [-1.5, 1.5). For x and for y, the scale is in [1, 2.5), and the move is in
+    [-(scale - 1) / 2, (scale - 1) / 2). So it is less than a pixel, as in the authors' code.
     """
     u = _rand(5, len(x), rng=rng)
     angle = 3 * u[0] - 1.5
@@ -404,7 +406,7 @@ SHIFTS = {  # by source and target; sizes and strengths are those of the authors
 # ---------------------------------------------------------------- downloads
 
 TIMEOUT = 5  # seconds without an answer after which a download is given up
-MIN_BYTES_PER_SECOND = 1000  # so is a download that is slower than this on average
+MIN_BYTES_PER_SECOND = 1000  # a download that is slower on average is given up, too
 MAX_BYTES = 1 << 28  # of a file, or of a file in an archive; the largest, SVHN's, have 182 million
 MAX_ARCHIVE_BYTES = 4 * MAX_BYTES
 REPLACE_HINT = "replace it, or delete the data set, which is then downloaded again"
@@ -450,7 +452,7 @@ class Archive:
     def download(self, root: Path, report: Report) -> None:
         """Raises MissingError."""
         path = root / f"{token_hex(4)}-{PurePosixPath(self.url).name}"
-        fetch(self.url, path, self.md5, report, missing=root / self.folder)
+        fetch(self.url, path, self.md5, report, provide_instead=root / self.folder)
         try:
             for other in DATASETS.values():
                 if other.url == self.url and not other.is_complete(root):
@@ -541,11 +543,11 @@ def fetch(
     md5: str | None,
     report: Report,
     num_bytes: int | None = None,
-    missing: Path | None = None,
+    provide_instead: Path | None = None,
 ) -> None:
     """Download `url`, or its first `num_bytes` bytes, to `path`, which exists only when complete.
 
-    Raises MissingError, which names what the user has to provide: `missing`, or else `path`.
+    Raises MissingError, which asks the user to provide `path`, or `provide_instead`.
     """
     part = path.with_name(f"{path.name}.{token_hex(4)}.part")
     try:
@@ -556,7 +558,8 @@ def fetch(
         part.replace(path)
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = f"downloading {url} failed ({_one_line(error)})"
-        raise MissingError(f"{missing or path} is missing, and {reason}: put it there") from error
+        missing = provide_instead or path
+        raise MissingError(f"{missing} is missing, and {reason}: put it there") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -726,7 +729,7 @@ MAT_COMPRESSED = 15
 
 @_file_reader
 def read_mat(content: bytes) -> dict[str, np.ndarray]:
-    """The first two real arrays of a little-endian MATLAB-5 file, by name."""
+    """The first two arrays of a little-endian MATLAB-5 file, by name. They are not complex."""
     if content[126:128] != b"IM":
         raise ValueError("it is not a little-endian MATLAB-5 file")
     arrays = {}
@@ -790,6 +793,8 @@ def _pillow():
 
 # ---------------------------------------------------------------- real domains
 
+MIN_IMAGES = 60  # of MNIST's and SVHN's files: enough for an image in every split
+
 
 @cache
 def _mnist(root: Path) -> dict[str, Data]:
@@ -808,7 +813,7 @@ def _digits(root: Path, images_file: str, labels_file: str) -> Data:
     images = read_idx(_unzipped(root / images_file))
     labels = read_idx(_unzipped(root / labels_file))
     has_shapes = images.shape[1:] == (28, 28) and labels.shape == images.shape[:1]
-    if not has_shapes or len(labels) < 60 or labels.max() > 9:  # of fewer, a split is empty
+    if not has_shapes or len(labels) < MIN_IMAGES or labels.max() > 9:
         raise DataError(f"{root / 'mnist'}: the files are not MNIST's: delete them")
     return images[:, None], labels.long()
 
@@ -831,7 +836,7 @@ def _house_numbers(path: Path) -> Data:
     images = arrays.get("X", np.empty(0))  # (32, 32, 3, N)
     labels = arrays.get("y", np.empty(0))  # (N, 1)
     has_shapes = images.shape == (32, 32, 3, len(labels)) and labels.shape == (len(labels), 1)
-    has_labels = len(labels) >= 60 and np.isin(labels, range(1, 11)).all()
+    has_labels = len(labels) >= MIN_IMAGES and np.isin(labels, range(1, 11)).all()
     if images.dtype != np.uint8 or not has_shapes or not has_labels:
         raise DataError(f"{path} does not hold images and labels of SVHN: {REPLACE_HINT}")
     images = np.ascontiguousarray(images.transpose(3, 2, 0, 1))
@@ -1030,7 +1035,9 @@ def draw_digits(num_images: int, rng: torch.Generator) -> Data:
     labels = torch.arange(num_images) % len(STROKES)
     pixels = torch.arange(28, dtype=torch.float32)[:, None] - 13.5  # (28, 1), from the center
 
-    def bells(positions, width):
+    # A dot is a Gaussian: a product of a function of the row and one of the column. So the sum of
+    # all dots is a matrix product.
+    def gaussians(positions, width):
         return torch.exp(-(((positions[:, None] - pixels) / width) ** 2))  # (n, 28, dots)
 
     for digit, stroke in enumerate(STROKES):
@@ -1047,9 +1054,7 @@ def draw_digits(num_images: int, rng: torch.Generator) -> Data:
         rotated_x = x * angle.cos() - y * angle.sin() + _plus_minus(n, rng, 2)[:, None]
         rotated_y = x * angle.sin() + y * angle.cos() + _plus_minus(n, rng, 2)[:, None]
         width = (1 + _plus_minus(n, rng, 0.3))[:, None, None]
-        # A dot is a Gaussian: a product of a function of the row and one of the column. So the sum
-        # of all dots is a matrix product.
-        dot_sum = bells(rotated_y, width) @ bells(rotated_x, width).mT  # (n, 28, 28)
+        dot_sum = gaussians(rotated_y, width) @ gaussians(rotated_x, width).mT  # (n, 28, 28)
         ink = 1 - torch.exp(-dot_sum)
         images[labels == digit] = (ink * 255).round().byte()[:, None]
     return images, labels
@@ -1252,12 +1257,12 @@ def _distance(labels: torch.Tensor, rng: torch.Generator, side: int) -> torch.Te
     flip = torch.randint(2, (n,), generator=rng) * 2 - 1
     x_scale = flip * (1 + stretch)
     rotation = [angle.cos() * x_scale, angle.sin() * x_scale, -angle.sin(), angle.cos()]
-    rotation = torch.stack(rotation, 1).view(n, 2, 2)  # for points that are rows: ends @ rotation
+    rotation = torch.stack(rotation, 1).view(n, 2, 2)  # of points that are rows: ends @ rotation
     size = (0.85 * (1 + zoom))[:, None, None]  # (n, 1, 1)
     move = 0.3 * _rand(n, 1, 2, rng=rng) - 0.15
-    ends = (size * ends @ rotation + move).view(n, num_parts, 2, 2, 1, 1)
-    thickness = size * (1 + thickness[:, None, None])  # (n, 1, 1)
-    radius = radius[..., None] * thickness[:, None]  # (n, parts, 1, 1)
+    ends = ((size * ends) @ rotation + move).view(n, num_parts, 2, 2, 1, 1)
+    radius_scale = size * (1 + thickness[:, None, None])  # (n, 1, 1)
+    radius = radius[..., None] * radius_scale[:, None]  # (n, parts, 1, 1)
 
     x = (torch.arange(side, dtype=torch.float32) + 0.5) * 2 / side - 1  # (side)
     y = x[:, None]  # (side, 1)
@@ -1301,31 +1306,31 @@ def _texture(n: int, rng: torch.Generator, side: int, *cells: tuple[int, int]) -
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """How a domain is drawn, and the number of images in its splits."""
+    """How a domain is drawn."""
 
     draw: Callable[[int, torch.Generator], Data]
-    sizes: dict[str, int]
+    num_images: dict[str, int]  # by split
 
 
-DIGIT_SIZES = {"source": 5000, "pool": 30000, "val": 1000, "test": 2000}
-SIZES_32_PIXELS = {"source": 5400, "pool": 18000, "val": 900, "test": 1800}
-SIZES_40_PIXELS = {"source": 4200, "pool": 1200, "val": 300, "test": 1200}
-_draw_40_pixels = partial(draw_objects, classes=6, side=40)
+NUM_DIGITS = {"source": 5000, "pool": 30000, "val": 1000, "test": 2000}
+NUM_SMALL_OBJECTS = {"source": 5400, "pool": 18000, "val": 900, "test": 1800}
+NUM_LARGE_OBJECTS = {"source": 4200, "pool": 1200, "val": 300, "test": 1200}
+_draw_large_objects = partial(draw_objects, classes=6, side=40)
 BUILT_IN = {
-    "mnist": BuiltIn(draw_digits, DIGIT_SIZES),
-    "svhn": BuiltIn(draw_house_numbers, DIGIT_SIZES),
-    "cifar": BuiltIn(partial(draw_objects, style="photo"), SIZES_32_PIXELS),
-    "quickdraw": BuiltIn(partial(draw_objects, style="drawing", side=28), SIZES_32_PIXELS),
-    "ilsvrc": BuiltIn(partial(_draw_40_pixels, style="photo"), SIZES_40_PIXELS),
-    "art": BuiltIn(partial(_draw_40_pixels, style="art"), SIZES_40_PIXELS),
-    "cartoon": BuiltIn(partial(_draw_40_pixels, style="cartoon"), SIZES_40_PIXELS),
-    "sketch": BuiltIn(partial(_draw_40_pixels, style="sketch"), SIZES_40_PIXELS),
+    "mnist": BuiltIn(draw_digits, NUM_DIGITS),
+    "svhn": BuiltIn(draw_house_numbers, NUM_DIGITS),
+    "cifar": BuiltIn(partial(draw_objects, style="photo"), NUM_SMALL_OBJECTS),
+    "quickdraw": BuiltIn(partial(draw_objects, style="drawing", side=28), NUM_SMALL_OBJECTS),
+    "ilsvrc": BuiltIn(partial(_draw_large_objects, style="photo"), NUM_LARGE_OBJECTS),
+    "art": BuiltIn(partial(_draw_large_objects, style="art"), NUM_LARGE_OBJECTS),
+    "cartoon": BuiltIn(partial(_draw_large_objects, style="cartoon"), NUM_LARGE_OBJECTS),
+    "sketch": BuiltIn(partial(_draw_large_objects, style="sketch"), NUM_LARGE_OBJECTS),
 }
 
 
 @cache
 def _built_in(name: str) -> dict[str, Data]:
     domain = {}
-    for split, num_images in BUILT_IN[name].sizes.items():
+    for split, num_images in BUILT_IN[name].num_images.items():
         domain[split] = BUILT_IN[name].draw(num_images, _generator(f"{name} {split}"))
     return domain

@@ -998,8 +998,8 @@ def test_the_kind_of_image_to_image_unit_follows_the_shift():
         "transform-random": models.SpatialTransformer,
         "transform-fixed": models.SpatialTransformer,
     }
-    for _, target in run_all.SOURCE_ACCURACY:
-        assert run_all.image_to_image_unit(target) is kinds.get(target, models.UNet)
+    for _, target in run_all.PAIRS:
+        assert run_all.image_to_image_class(target) is kinds.get(target, models.UNet)
 
 
 # ---------------------------------------------------------------- shifts
@@ -1350,7 +1350,7 @@ def test_fetch_gets_the_whole_file_or_none(tmp_path, server, monkeypatch):
         ("http://127.0.0.1:1/x", None, "refused"),
     ):
         with pytest.raises(shifts.MissingError, match=reason) as caught:
-            shifts.fetch(page, tmp_path / "none", expected_md5, print, missing="x")
+            shifts.fetch(page, tmp_path / "none", expected_md5, print, provide_instead="x")
         assert re.fullmatch("x is missing, and .*: put it there", str(caught.value))
     assert [path.name for path in tmp_path.rglob("*")] == ["new", "good"]
 
@@ -1622,7 +1622,7 @@ def test_the_4_layer_network_learns_the_built_in_digits_and_every_shift_hurts(mo
     net = run_all.seeded(models.mnist_net, 0).to(memory_format=torch.channels_last)
     net = tune(net, "all", domain["source"], domain["val"], Settings(device="cpu"), epochs=4).net
     assert flextune.accuracy(net, domain["test"]) >= 0.97
-    for source, target in run_all.SOURCE_ACCURACY:
+    for source, target in run_all.PAIRS:
         if source == "mnist":
             shifted = shifts.load("mnist", target, None)["test"]
             assert flextune.accuracy(net, shifted) < 0.87, target
@@ -1787,15 +1787,15 @@ def test_pacs_takes_rows_of_the_last_layer_of_any_network():
 @pytest.mark.parametrize("name", shifts.BUILT_IN)
 def test_built_in_images_are_the_same_every_time_and_balanced(name):
     draw = shifts.BUILT_IN[name].draw
-    sizes = shifts.BUILT_IN[name].sizes
+    num_images = shifts.BUILT_IN[name].num_images
     a, y = draw(180, generator(3))
     b, _ = draw(180, generator(3))
     assert torch.equal(a, b) and a.dtype == torch.uint8 and a.dim() == 4
     assert len(set(y.bincount().tolist())) == 1
     assert len(a.unique(dim=0)) == 180
-    for pair in run_all.SOURCE_ACCURACY:
+    for pair in run_all.PAIRS:
         if name in pair:  # there are enough images for the largest ratio
-            assert max(run_all.paper_ratios(*pair)) * len(y.unique()) <= sizes["pool"]
+            assert max(run_all.paper_ratios(*pair)) * len(y.unique()) <= num_images["pool"]
 
 
 # ---------------------------------------------------------------- command line
@@ -1896,7 +1896,7 @@ def test_runs_take_the_source_networks_by_turns(quick):
 def test_every_scenario_runs(quick, source):
     """At each of the paper's ratios. All methods run on MNIST's smallest, cheap ones elsewhere."""
     expected = []
-    for pair in run_all.SOURCE_ACCURACY:
+    for pair in run_all.PAIRS:
         if pair[0] == source:
             expected += [(pair[1], ratio) for ratio in run_all.paper_ratios(*pair)]
     command = f"--source {source} --runs 1 --data builtin --methods"
@@ -2010,7 +2010,7 @@ def test_the_figures_of_the_paper():
 
 def test_the_supplement_has_a_unit_at_each_ratio():
     num_units = {"4-layer": 4, "7-layer": 7, "Inception2": 13}
-    for source, target in run_all.SOURCE_ACCURACY:
+    for source, target in run_all.PAIRS:
         for method in ("fast-flex", "faster-flex"):
             for ratio in run_all.paper_ratios(source, target):
                 scenario = paper_scenario(source, target, ratio)
