@@ -1213,9 +1213,11 @@ def with_stars(accuracies: dict[str, float], baselines: set[str]) -> dict[str, s
 
 
 def best_methods(means: dict[str, float]) -> list[str]:
-    """All methods that share the highest accuracy."""
-    highest = max(means.values())
-    return [method for method, mean in means.items() if mean == highest]
+    """All methods that share the highest accuracy. The source network only counts if it is alone."""
+    tuned = {method: mean for method, mean in means.items() if method != "source"}
+    competitors = tuned or means
+    highest = max(competitors.values())
+    return [method for method, mean in competitors.items() if mean == highest]
 
 
 def print_proxy_agreement(scenarios: dict[Scenario, Results]) -> None:
