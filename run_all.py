@@ -105,9 +105,9 @@ TABLE_3 = {
     ("ilsvrc", "sketch", 200): (0.924, 0.924, 0.890, 0.767, None, 0.916, 0.875),
 }
 
-# The unit with the best proxy, at each of the target's ratios: from the authors' code, where the
-# plots of the paper's supplement are made (the supplement itself is not public). For PACS, theirs
-# is a network that was first tuned on photos of PACS, and ours is not.
+# The unit with the best proxy, at each of the target's ratios. The authors' code has these figures
+# where it draws the plots of the paper's supplement, which is not public itself. For PACS, the
+# authors' source network was first tuned on photos of PACS. Ours is not.
 BEST_PROXY = {
     ("mnist", "blurry"): {"fast-flex": (3, 3, 3, 3), "faster-flex": (3, 3, 3, 3)},
     ("mnist", "occluded"): {"fast-flex": (3, 3, 3, 3), "faster-flex": (3, 3, 3, 3)},
@@ -156,7 +156,7 @@ class Scenario(NamedTuple):
 
     source: str
     target: str
-    ratio: int  # training images per class, approximately
+    ratio: int  # stands for about so many training images per class (shifts.subsample)
     data: str  # "real" or "built-in"
     network: str  # Protocol.network
 
@@ -196,7 +196,7 @@ class Protocol:
 
 # The stopping rule is our own (Settings.patience). The authors stop at the first validation whose
 # accuracy is lower by .0025 (PACS: .025) than at the one before, and keep the final state.
-MNIST = Protocol(
+MNIST_PROTOCOL = Protocol(
     network="4-layer",
     build=models.mnist_net,
     pretraining=Settings(lr=1e-4, batch_size=50),  # authors' code
@@ -209,47 +209,48 @@ MNIST = Protocol(
         3000: Schedule(batch_size=32, max_epochs=25, steps_between_validations=4000),
     },
 )
-CIFAR = Protocol(
+CIFAR_PROTOCOL = Protocol(
     network="7-layer",
     build=models.cifar_net,
     # lr, batch_size and max_epochs are those of the authors' code, the others are our choice.
     pretraining=Settings(lr=1e-3, batch_size=50, max_epochs=50, check_every=3, patience=3),
     tuning=Settings(lr=1e-3),  # section 5.1; the authors' code does not say
     # The schedules for CIFAR are not published: these are MNIST's.
-    schedules=dict(zip((2, 20, 200, 2000), MNIST.schedules.values())),
+    schedules=dict(zip((2, 20, 200, 2000), MNIST_PROTOCOL.schedules.values())),
 )
-QUICKDRAW = replace(CIFAR, build=partial(models.cifar_net, channels=1))
-ILSVRC = Protocol(
+QUICKDRAW_PROTOCOL = replace(CIFAR_PROTOCOL, build=partial(models.cifar_net, channels=1))
+PACS_SCHEDULES = (  # authors' code
+    Schedule(batch_size=8, max_epochs=2000, steps_between_validations=100),
+    Schedule(batch_size=8, max_epochs=1000, steps_between_validations=150),
+    Schedule(batch_size=8, max_epochs=150, steps_between_validations=800),
+)
+ILSVRC_PROTOCOL = Protocol(
     network="Inception2",
     load=lambda root: models.load_inception2(root / "inception2.npz"),
     required_files=("inception2",),
     tuning=Settings(lr=1e-4, top_k=5),  # section 5.1; the authors' code stops by top-1 accuracy
-    # The ratios are those of Table 2. (The authors' code for ILSVRC takes .01, .5 and 1 of the pool
-    # instead.) It has no schedules for ILSVRC: these are PACS's.
-    schedules={
-        2: Schedule(batch_size=8, max_epochs=2000, steps_between_validations=100),
-        12: Schedule(batch_size=8, max_epochs=1000, steps_between_validations=150),
-        25: Schedule(batch_size=8, max_epochs=150, steps_between_validations=800),
-    },
+    # The ratios are those of Table 2. In the authors' code they are .01, .5 and 1 of the pool, and it
+    # has no schedules for ILSVRC: we take those for PACS.
+    schedules=dict(zip((2, 12, 25), PACS_SCHEDULES)),
     skipped_methods=("ft-fc-2",),  # it has a single fully connected unit (section 5.1)
 )
-PACS = replace(
-    ILSVRC,
+PACS_PROTOCOL = replace(
+    ILSVRC_PROTOCOL,
     tuning=Settings(lr=1e-4),
-    schedules=dict(zip((2, 20, 200), ILSVRC.schedules.values())),
+    schedules=dict(zip((2, 20, 200), PACS_SCHEDULES)),
     adapt_head=models.pacs_head,
 )
 
-# For built-in images, which are fewer, the larger networks are narrower, so that a run takes minutes
-# on a CPU.
+# On built-in images, which are fewer, the larger networks are narrower, so that a run takes one or a
+# few minutes on a CPU.
 BUILT_IN_SCHEDULE = Schedule(batch_size=32, max_epochs=300, steps_between_validations=20)
 BUILT_IN_CIFAR = replace(
-    CIFAR,
+    CIFAR_PROTOCOL,
     build=partial(models.cifar_net, width=0.25),
     pretraining=Settings(lr=1e-3, max_epochs=10),
 )
 BUILT_IN_ILSVRC = replace(
-    ILSVRC,
+    ILSVRC_PROTOCOL,
     build=partial(models.inception2, classes=6, width=0.25),
     load=None,
     required_files=(),
@@ -259,14 +260,14 @@ BUILT_IN_ILSVRC = replace(
 )
 PROTOCOLS = {
     "real": {
-        "mnist": MNIST,
-        "cifar": CIFAR,
-        "quickdraw": QUICKDRAW,
-        "ilsvrc": ILSVRC,
-        "pacs": PACS,
+        "mnist": MNIST_PROTOCOL,
+        "cifar": CIFAR_PROTOCOL,
+        "quickdraw": QUICKDRAW_PROTOCOL,
+        "ilsvrc": ILSVRC_PROTOCOL,
+        "pacs": PACS_PROTOCOL,
     },
     "built-in": {
-        "mnist": MNIST,
+        "mnist": MNIST_PROTOCOL,
         "cifar": BUILT_IN_CIFAR,
         "quickdraw": replace(
             BUILT_IN_CIFAR, build=partial(models.cifar_net, channels=1, width=0.25)
@@ -448,7 +449,7 @@ class Run:
     scenario: Scenario
     protocol: Protocol
     root: Path | None  # the folder of the real data, or None for built-in images
-    source_seed: int  # of the source network
+    source_number: int  # which source network: its seed
     settings: Settings  # its seed draws the subset; check_every is set when the subset is known
     methods: tuple[str, ...]
     retrieval_methods: tuple[str, ...] = ()
@@ -461,25 +462,25 @@ class Run:
         """The fields that identify a result, together with its settings."""
         return {
             **self.scenario._asdict(),
-            "source_network": self.source_seed,
+            "source_network": self.source_number,
             "seed": self.settings.seed,
             "method": method,
         }
 
     def source_key(self) -> tuple:
         """Runs with the same key share a source network. PACS's has another head than ILSVRC's."""
-        return self.scenario.source, self.protocol.adapt_head, self.root, self.source_seed
+        return self.scenario.source, self.protocol.adapt_head, self.root, self.source_number
 
     def path(self, method: str, out: Path) -> Path:
         """The file of a result: its identity, and a checksum of how networks are trained.
 
-        The schedule stands for check_every, which is not set yet. Images and the code of this
-        program are not part of it.
+        The checksum covers the tuning and the text of the --network file, but not images,
+        pretraining and this program.
         """
         key = checksum(
             RESULT_FORMAT,
             result_settings(self.settings),
-            self.protocol.schedule(self.scenario.ratio),
+            self.protocol.schedule(self.scenario.ratio),  # check_every depends on it
             self.protocol.source_code,
         )[:8]
         identity = "_".join(str(value) for value in self.identity(method).values())
@@ -499,6 +500,7 @@ class Run:
 
     def cost(self) -> float:
         """Roughly how long the run takes compared with others, to estimate the time left."""
+        # Networks have 4 to 13 units, so flex trains about 12 networks.
         num_trainings = 12 if "flex" in self.methods else len(self.methods)
         cost_per_image = {"4-layer": 1, "7-layer": 10, "Inception2": 300 if self.root else 6}
         # The validations take about as long as training on 100 more images per class.
@@ -570,7 +572,7 @@ def make_runs(source: str, target: str, root: Path | None, args: argparse.Namesp
                 scenario=Scenario(source, target, ratio, data, protocol.network),
                 protocol=protocol,
                 root=root,
-                source_seed=number % num_source_networks,
+                source_number=number % num_source_networks,
                 settings=settings,
                 methods=tuple(methods),
                 retrieval_methods=retrieval_methods,
@@ -579,39 +581,44 @@ def make_runs(source: str, target: str, root: Path | None, args: argparse.Namesp
     return runs
 
 
-def plan_runs(pairs: list[tuple[str, str]], args: argparse.Namespace) -> list[Run]:
-    """All runs that are asked for. Data are only downloaded for runs without a result.
+def choose_data(pairs: list[tuple[str, str]], args: argparse.Namespace) -> list[str | None]:
+    """The folder of the real data for each (source, target), or None for built-in images.
 
-    Without --data, built-in images take the place of data that cannot be downloaded.
+    Downloads data for runs without a result. Without --data, built-in images take the place of data
+    that cannot be downloaded.
     """
-    runs = []
+    if args.data == "builtin":
+        return [None] * len(pairs)
+    folder = args.data or "data"
+    folders = []
     for source, target in pairs:
-        root = None if args.data == "builtin" else Path(args.data or "data")
-        pair_runs = make_runs(source, target, root, args)
-        if root and any(missing_methods(run, args) for run in pair_runs):
-            names = shifts.needs(source, target) + list(pair_runs[0].protocol.required_files)
-            progress = Progress([1])
-            progress.title = "downloading the data"  # `begin` would print it in any case
-            try:
-                shifts.provide(names, root, progress.report)
-            except shifts.MissingError as error:
-                if args.data:
-                    raise
-                line = "*" * 99
-                print(f"{line}\n{source} -> {target}: {error}.\n{BUILT_IN_NOTICE}\n{line}")
-                pair_runs = make_runs(source, target, None, args)
-        runs += pair_runs
-    return runs
+        runs = make_runs(source, target, Path(folder), args)
+        try:
+            if any(missing_methods(run, args) for run in runs):
+                names = list(runs[0].protocol.required_files) + shifts.needs(source, target)
+                progress = Progress([1])
+                # Not `begin`, which would print a line even if there is nothing to download.
+                progress.title = "downloading the data"
+                shifts.provide(names, Path(folder), progress.report)
+            folders.append(folder)
+        except shifts.MissingError as error:
+            if args.data:
+                raise
+            line = "*" * 99
+            print(f"{line}\n{source} -> {target}: {error}.\n{BUILT_IN_NOTICE}\n{line}")
+            folders.append(None)
+    return folders
 
 
 def run_scenarios(pairs: list[tuple[str, str]], args: argparse.Namespace) -> None:
     """Run what has no result yet, and show all results."""
     create_folders(args)
-    if RANK > 0:
-        barrier("planned")  # wait until rank 0 has downloaded the data
-    runs = plan_runs(pairs, args)
-    if RANK == 0:
-        barrier("planned")  # let the others go on
+    folders = choose_data(pairs, args) if RANK == 0 else None
+    folders = from_rank_0("data", folders)
+    runs = []
+    for (source, target), folder in zip(pairs, folders):
+        root = None if folder is None else Path(folder)
+        runs += make_runs(source, target, root, args)
     run_missing(runs, args)
     barrier("finished")
     if RANK == 0:
@@ -650,15 +657,18 @@ def run_missing(runs: list[Run], args: argparse.Namespace) -> None:
     def gallery_of(source: str, root: Path | None) -> shifts.Data:
         return shifts.load(source, None, root)["val"]
 
+    # Ranks claim indices of `runs`, which is the same list in all ranks. `pending` may differ, where
+    # another command writes results to the same folder.
+    #
     # Each source network is trained by one rank. The others find it in args.out.
-    runs_by_source = {run.source_key(): run for run in pending}  # one run for each network
-    runs_to_pretrain = list(runs_by_source.values())
-    for index in claim("source networks", len(runs_to_pretrain)):
-        source_net_of(runs_to_pretrain[index])
+    pending_keys = {run.source_key() for run in pending}
+    keys_and_runs = {run.source_key(): run for run in runs}  # one run for each source network
+    for index in claim("source networks", len(keys_and_runs)):
+        key, run = list(keys_and_runs.items())[index]
+        if key in pending_keys:
+            source_net_of(run)
     barrier("pretrained")
 
-    # Indices refer to `runs`, which is the same in all ranks. `pending` may differ, where another
-    # command writes results to the same folder.
     progress = Progress([run.cost() if missing_methods(run, args) else 0 for run in runs])
     loaded = None
     for index in claim("runs", len(runs)):
@@ -695,7 +705,7 @@ def source_network(run: Run, args: argparse.Namespace) -> nn.Sequential:
     """The source network: loaded, or trained on the source's images and then kept in args.out."""
     protocol = run.protocol
     source = run.scenario.source
-    net = protocol.load(run.root) if protocol.load else seeded(protocol.build, run.source_seed)
+    net = protocol.load(run.root) if protocol.load else seeded(protocol.build, run.source_number)
     if protocol.adapt_head:
         net = protocol.adapt_head(net)
     net = net.to(memory_format=torch.channels_last)  # 1.1 to 1.7 times as fast
@@ -703,7 +713,7 @@ def source_network(run: Run, args: argparse.Namespace) -> nn.Sequential:
         return net
 
     domain = shifts.load(source, None, run.root)
-    settings = replace(protocol.pretraining, seed=run.source_seed, device=args.device)
+    settings = replace(protocol.pretraining, seed=run.source_number, device=args.device)
     key = checksum(
         result_settings(settings),
         protocol.pretraining_epochs,
@@ -739,7 +749,7 @@ def run_methods(
     """Run the methods, and write each result to args.out as soon as it is known."""
     num_trainings = len(net) + 6  # of all methods together, roughly
 
-    def report(text: str) -> None:  # is called during trainings, when there is a task
+    def report(text: str) -> None:  # called in trainings, when `task` is assigned
         progress.report(text, part=len(task.results) / num_trainings)
 
     task = run.task(net, domain, report)
@@ -796,13 +806,14 @@ def selection_fields(selection: Selection, test_accuracy: Callable[[nn.Sequentia
     candidates = {}
     for unit, result in selection.tuned.items():
         candidates[unit] = result_fields(result, test_accuracy)
+    # JSON will turn the unit numbers, which are keys of proxies and candidates, into text.
     return {
         "epochs": sum(training.epochs for training in trainings),
         "seconds": sum(training.seconds for training in trainings),
         "chosen": str(selection.chosen),
         "best": str(selection.best),
         "tied": [str(unit) for unit in selection.tied],
-        "proxies": selection.proxies,  # in the file, the keys of both are text
+        "proxies": selection.proxies,
         "candidates": candidates,
     }
 
@@ -912,10 +923,10 @@ def print_progress(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-# Under torchrun, every rank runs this program. Rank 0 downloads before the others start, and prints
-# the tables after they have finished. In between, whichever rank is free claims the next run, from
-# a counter in torchrun's store. When torchrun restarts all ranks, the store still has the keys of
-# the attempt before. So keys begin with the number of the attempt.
+# Under torchrun, every rank runs this program. Rank 0 downloads while the others wait, and prints the
+# tables after they have finished. In between, whichever rank is free claims the next run, from a
+# counter in torchrun's store. When torchrun restarts all ranks, the store still has the keys of the
+# attempt before. So keys begin with the number of the attempt.
 
 IS_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
 RANK = int(os.environ["RANK"]) if IS_TORCHRUN else 0
@@ -929,6 +940,15 @@ def store():
     shared_store, _, _ = next(rendezvous("env://"))
     shared_store.set_timeout(timedelta(days=30))
     return PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], shared_store)
+
+
+def from_rank_0(name: str, value):
+    """The value that rank 0 passes, in all ranks. The others wait for it. Must fit into JSON."""
+    if NUM_RANKS == 1:
+        return value
+    if RANK == 0:
+        store().set(name, json.dumps(value))
+    return json.loads(store().get(name))
 
 
 def barrier(point: str) -> None:
@@ -955,10 +975,10 @@ def claim(items: str, num_items: int) -> Iterator[int]:
 BUILT_IN_NOTICE = "BUILT-IN DATA: drawn by shifts.py, no number compares with the paper's"
 DATA_NOTICES = {"real": "real data", "built-in": BUILT_IN_NOTICE}
 
-Results = dict[str, list[dict]]  # the rows (result files) of each method, one row per run
+RowsByMethod = dict[str, list[dict]]  # a row is what a result file holds, and there is one per run
 
 
-def group_rows(rows: list[dict]) -> dict[Scenario, Results]:
+def group_rows(rows: list[dict]) -> dict[Scenario, RowsByMethod]:
     """The rows of all results, by scenario and method: all that tables and figures show."""
     groups = {}
     for row in rows:
@@ -968,7 +988,7 @@ def group_rows(rows: list[dict]) -> dict[Scenario, Results]:
     return groups
 
 
-def by_network(groups: dict[Scenario, Results]) -> dict[str, dict[Scenario, Results]]:
+def by_network(groups: dict[Scenario, RowsByMethod]) -> dict[str, dict[Scenario, RowsByMethod]]:
     """The scenarios that share a table, by its heading: those of one source, network and data."""
     tables = defaultdict(dict)
     for scenario, results in groups.items():
@@ -1005,7 +1025,7 @@ def print_columns(table: list[list[str]], num_left_aligned: int) -> None:
         print("  ".join(cells).rstrip())
 
 
-def print_scenario(scenario: Scenario, results: Results) -> None:
+def print_scenario(scenario: Scenario, results: RowsByMethod) -> None:
     """All that is known of one scenario."""
     print_methods(scenario, results)
     print_units(results)
@@ -1014,7 +1034,7 @@ def print_scenario(scenario: Scenario, results: Results) -> None:
         print_certainty(results["flex"])
 
 
-def print_methods(scenario: Scenario, results: Results) -> None:
+def print_methods(scenario: Scenario, results: RowsByMethod) -> None:
     """The accuracies and costs of each method, next to the paper's test accuracy."""
     first_rows = next(iter(results.values()))
     num_images = first_rows[0]["images"]
@@ -1048,7 +1068,7 @@ def print_methods(scenario: Scenario, results: Results) -> None:
     print_columns(table, num_left_aligned=1)
 
 
-def print_units(results: Results) -> None:
+def print_units(results: RowsByMethod) -> None:
     """The accuracies of each candidate, and which algorithms chose it."""
     all_rows = [row for rows in results.values() for row in rows]
     num_runs = max(len(rows) for rows in results.values())
@@ -1060,14 +1080,14 @@ def print_units(results: Results) -> None:
     headings = [f"proxy ({method})" for method in PROXY_METHODS]
     table = [["unit", "validation", "test", *headings, "chosen by"]]
     for unit, title in titles.items():
-        tuned = {}  # by seed: methods that tuned the same unit have the same network
+        tuned = {}  # by seed, to count once what several methods of a run have tuned
         for row in all_rows:
             if unit in row.get("candidates", {}):
                 tuned[row["seed"]] = row["candidates"][unit]
         accuracies = [format_mean(list(tuned.values()), field) for field in ("val", "test")]
         for method in PROXY_METHODS:
             proxies = [row["proxies"] for row in results.get(method, [])]
-            accuracies.append(format_mean(proxies, field=unit))  # a field for each unit
+            accuracies.append(format_mean(proxies, field=unit))  # their fields are unit numbers
         if set(accuracies) == {"-"}:
             continue
         times_chosen = Counter(row["method"] for row in all_rows if row.get("chosen") == unit)
@@ -1080,7 +1100,7 @@ def print_units(results: Results) -> None:
         print_columns(table, num_left_aligned=len(table[0]))
 
 
-def print_supplement_proxies(scenario: Scenario, results: Results) -> None:
+def print_supplement_proxies(scenario: Scenario, results: RowsByMethod) -> None:
     """The unit that has the best proxy in the paper's supplement."""
     for method in PROXY_METHODS:
         unit = supplement_best_proxy(scenario, method)
@@ -1096,15 +1116,15 @@ def print_certainty(flex_rows: list[dict]) -> None:
     standard_error = mean_of(certainties, "standard_error")
     bound = mean_of(certainties, "bound")
     print(
-        f"flex's choice leads the next by {lead:.3f} \u00b1 {standard_error:.3f} on the validation "
-        f"set; with probability 95%, every accuracy there is within {bound:.3f} of the expected one"
+        f"flex's choice leads the next by {lead:.3f} \u00b1 {standard_error:.3f} on the validation set\n"
+        f"with probability 95%, each validation accuracy is within {bound:.3f} of its expectation"
     )
     num_tied = sum(len(row["tied"]) > 1 for row in flex_rows)
     if num_tied:
         print(f"it is tied in {num_tied} of {len(flex_rows)} runs: the lowest unit is taken")
 
 
-def print_table_1(groups: dict[Scenario, Results]) -> None:
+def print_table_1(groups: dict[Scenario, RowsByMethod]) -> None:
     """What each method costs: by the paper's formula, and measured, as the mean over all runs."""
     for heading, scenarios in by_network(groups).items():
         print(f"\nTable 1, {heading}")
@@ -1147,7 +1167,7 @@ def print_table_1(groups: dict[Scenario, Results]) -> None:
         print_columns(table, num_left_aligned=2)
 
 
-def print_table_3(groups: dict[Scenario, Results]) -> None:
+def print_table_3(groups: dict[Scenario, RowsByMethod]) -> None:
     """Test accuracy of every method in every scenario, next to the paper's where published."""
     for heading, scenarios in by_network(groups).items():
         print(f"\nTable 3, test accuracy, {heading}")
@@ -1192,7 +1212,7 @@ def table_3_lines(
         accuracy = published_accuracy(scenario, method)
         if accuracy is not None:
             published[method] = accuracy
-    if set(published) - {"source"}:
+    if set(published) - {"source"}:  # the source network's accuracy is published for any ratio
         differences = {m: f"{means[m] - published[m]:+.3f} " for m in published}
         lines.append(("  paper", with_stars(published, baselines)))
         lines.append(("  difference", differences))
@@ -1220,7 +1240,7 @@ def best_methods(means: dict[str, float]) -> list[str]:
     return [method for method, mean in competitors.items() if mean == highest]
 
 
-def print_proxy_agreement(scenarios: dict[Scenario, Results]) -> None:
+def print_proxy_agreement(scenarios: dict[Scenario, RowsByMethod]) -> None:
     """In how many scenarios the unit with the best proxy is the same as in the supplement."""
     for method in PROXY_METHODS:
         agreements = []
@@ -1236,7 +1256,7 @@ def print_proxy_agreement(scenarios: dict[Scenario, Results]) -> None:
             print(f"{method}: the best proxy is the supplement's in {count}")
 
 
-def print_table_4(groups: dict[Scenario, Results]) -> None:
+def print_table_4(groups: dict[Scenario, RowsByMethod]) -> None:
     """Mean AP@10 of retrieving the source's validation images with the target's test images."""
     for heading, scenarios in by_network(groups).items():
         print(f"\nTable 4, mean AP@10, {heading}")
@@ -1274,7 +1294,7 @@ def save_figure(figure, path: Path) -> None:
     print(path)
 
 
-def draw_figure_1(groups: dict[Scenario, Results], folder: Path) -> None:
+def draw_figure_1(groups: dict[Scenario, RowsByMethod], folder: Path) -> None:
     """For each target: the accuracies of all candidates, one line per ratio, and flex's choice."""
     targets = defaultdict(dict)
     for scenario, results in groups.items():
@@ -1313,10 +1333,10 @@ class UnitRanks:
     """A line of Figure 2: what is known of a target, over all of its ratios."""
 
     rank_sums: dict[str, int]  # by unit: the sum of its ranks
-    picks: dict[str, set[str]]  # by method: what it chose in most runs of a ratio, for all ratios
+    picks: dict[str, set[str]]  # by method: the most frequent choice of each ratio
 
 
-def rank_units(groups: dict[Scenario, Results]) -> dict[tuple, dict[str, UnitRanks]]:
+def rank_units(groups: dict[Scenario, RowsByMethod]) -> dict[tuple, dict[str, UnitRanks]]:
     """Figure 2: UnitRanks by (source, network, data), and by target.
 
     At each ratio, the rank of a unit is the number of units with a lower test accuracy. The pick of
@@ -1342,7 +1362,7 @@ def rank_units(groups: dict[Scenario, Results]) -> dict[tuple, dict[str, UnitRan
     return panels
 
 
-def draw_figure_2(groups: dict[Scenario, Results], folder: Path) -> None:
+def draw_figure_2(groups: dict[Scenario, RowsByMethod], folder: Path) -> None:
     """For each network and target: the ranks of the units as shades, the picks as triangles."""
     panels = rank_units(groups)
     figure, axes = new_figure(7, 3 * len(panels), rows=len(panels))
@@ -1369,7 +1389,7 @@ def draw_figure_2(groups: dict[Scenario, Results], folder: Path) -> None:
     save_figure(figure, folder / "figure-2.png")
 
 
-def draw_figure_3(groups: dict[Scenario, Results], folder: Path, out: Path) -> None:
+def draw_figure_3(groups: dict[Scenario, RowsByMethod], folder: Path, out: Path) -> None:
     """For each target, at its largest ratio: images before and after the image-to-image unit."""
     rows = {}
     for scenario, results in groups.items():
@@ -1515,8 +1535,8 @@ def check_options(pairs: list[tuple[str, str]], args: argparse.Namespace) -> Non
         hint = "for built-in images: --data builtin"
         raise ValueError(f"--data: there is no folder {args.data!r}; {hint}")
     if args.save:
-        real_data = Path()  # any folder: only the number of runs matters
-        num_runs = sum(len(make_runs(*pair, real_data, args)) for pair in pairs)
+        any_root = Path()  # only the number of runs matters
+        num_runs = sum(len(make_runs(*pair, any_root, args)) for pair in pairs)
         is_file_name = not args.save.exists() or args.save.is_file()
         if num_runs > 1 or not is_file_name:
             raise ValueError("--save: name a file, and one --target, one --ratio and --runs 1")

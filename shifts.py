@@ -2,9 +2,10 @@
 
 A domain is a dictionary of splits, name: (images, labels). Images are uint8 [N, channels, H, W],
 labels int64 [N]. A source domain has the splits "source" (its network is trained on these images),
-"pool" (target training sets are drawn from it), "val" and "test". A target domain has the last
-three. So has the real ILSVRC, whose network comes trained. No image is in two splits of a domain. The splits, and the random numbers of a shift, depend
-only on DATA_SEED: they are the same in every run.
+"pool" (target training sets are drawn from it), "val" and "test". A target domain has only the last
+three, and so does the real ILSVRC, whose network is already trained. No image is in two splits of a
+domain. The splits, and the random numbers of a shift, depend only on DATA_SEED: they are the same
+in every run.
 
 Where nothing else is said, splits and shifts are those of the authors' code. It works on images in
 [0, 1]. Here, the result of each shift is rounded to uint8, which needs a quarter of the memory.
@@ -160,19 +161,19 @@ def blur(x: torch.Tensor, rng: torch.Generator, taps: int, reach: float) -> torc
 
     The kernel is that of the authors' code: sqrt(p p^T), divided by its sum, where p[i] is the
     probability of a standard normal variable in the i-th of `taps` equal intervals from -edge to
-    edge. The edge is `reach` (in standard deviations) plus half of their interval width,
-    (2 reach + 1) / taps. With an even number of taps, there is one more on the right and below the
-    center than on the left and above.
+    edge, and edge = reach + w / 2 with w = (2 reach + 1) / taps. (w is not the width of the
+    intervals, but what the authors' code has.) With an even number of taps, there is one more on
+    the right and below the center than on the left and above.
     """
-    edge = reach + (2 * reach + 1) / (2 * taps)
+    w = (2 * reach + 1) / taps
+    edge = reach + w / 2
     bounds = torch.linspace(-edge, edge, taps + 1, dtype=torch.float32)
     kernel_1d = torch.special.ndtr(bounds).diff().sqrt()
     kernel_1d = kernel_1d / kernel_1d.sum()
 
-    # matrix @ x convolves every column with the kernel, and x @ matrix.T every row.
+    # matrix @ x convolves every column with the kernel, and x @ matrix.T every row: in a column,
+    # output pixel i is the sum over j of kernel_1d[tap[i, j]] * input pixel j.
     pixel = torch.arange(x.shape[2])
-    # tap[i, j] is the index of the tap that input pixel j has for output pixel i. If there is none,
-    # it is out of range.
     tap = pixel - pixel[:, None] + (taps - 1) // 2
     is_in_kernel = (0 <= tap) & (tap < taps)
     matrix = kernel_1d[tap.clamp(0, taps - 1)].where(is_in_kernel, 0)
@@ -204,10 +205,9 @@ def noise(x: torch.Tensor, rng: torch.Generator, sigma: float) -> torch.Tensor:
 def photo_background(
     x: torch.Tensor, rng: torch.Generator, photos: list[torch.Tensor]
 ) -> torch.Tensor:
-    """MNIST-M: a patch of a photo [N, 3, H, W], inverted where x > 0.
+    """MNIST-M: random patches of photos, inverted where x > 0. Returns images [N, 3, H, W].
 
-    The patch is drawn from `photos`, each uint8 [3, h, w]. Ganin's original is |patch - x|, with
-    the grey values of the digit.
+    `photos` are uint8 [3, h, w] each. Ganin's original is |patch - x|, with the grey values of x.
     """
     num_images, _, height, width = x.shape
     photo_of_image = torch.randint(len(photos), (num_images,), generator=rng)
@@ -225,8 +225,8 @@ def photo_background(
 def transform_random(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     """An affine map for each image, with uniform parameters (see `affine`).
 
-    The angle is in [-1.5, 1.5). For x and for y, the scale is in [1, 2.5), and the move is in
-    [-(scale - 1) / 2, (scale - 1) / 2). So it is less than a pixel, as in the authors' code.
+    The angle is in [-1.5, 1.5). For x and for y, the scale is in [1, 2.5), and the move, in pixels,
+    in [-(scale - 1) / 2, (scale - 1) / 2): at most 0.75 pixels, as in the authors' code.
     """
     u = _rand(5, len(x), rng=rng)
     angle = 3 * u[0] - 1.5
@@ -236,7 +236,7 @@ def transform_random(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 
 def transform_fixed(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """One affine map for all images: the one that the authors drew."""
+    """One affine map for all images, with the parameters of the authors' code."""
     return affine(x, angle=[-0.3764], scale=[[2.4261, 2.0980]], move=[[-0.1407, 0.3777]])
 
 
@@ -273,7 +273,7 @@ def affine(x: torch.Tensor, angle, scale, move) -> torch.Tensor:
         pixels = chunk.flatten(2).gather(2, index.expand(*chunk.shape[:2], -1))
         return pixels.where(is_inside[:, None], 0).view_as(chunk)
 
-    if len(angle) == 1:
+    if len(angle) == 1:  # there is nothing to divide into chunks
         return _map_chunks(lambda chunk: mapped(chunk, angle, scale, move), x)
     return _map_chunks(mapped, x, angle, scale, move)
 
@@ -300,14 +300,14 @@ def scaling_symmetric(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 def scaling_stretch(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     """Add mirrored borders of 1, 2, 4, ... pixels one after the other, and resize to the old size.
 
-    The last border has 64 of 224 pixels. Each border mirrors the ones before: this repeats the
+    For images of 224 pixels, the last border has 64. Each border mirrors the ones before: this repeats the
     pixels near the edge of the image, which looks stretched.
     """
     side = x.shape[2]
-    largest_border = side * 64 // 224
+    max_border = side * 64 // 224
     padded = x
     border = 1
-    while border <= largest_border:
+    while border <= max_border:
         padded = _with_mirrored_border(padded, border)
         border *= 2
     return _resized(padded, side)
@@ -407,9 +407,22 @@ SHIFTS = {  # by source and target; sizes and strengths are those of the authors
 
 TIMEOUT = 5  # seconds without an answer after which a download is given up
 MIN_BYTES_PER_SECOND = 1000  # a download that is slower on average is given up, too
-MAX_BYTES = 1 << 28  # of a file, or of a file in an archive; the largest, SVHN's, have 182 million
-MAX_ARCHIVE_BYTES = 4 * MAX_BYTES
+MAX_READ_BYTES = 1 << 28  # of a file that is read or unpacked; SVHN's have 182 million
+MAX_DOWNLOAD_BYTES = 4 * MAX_READ_BYTES
 REPLACE_HINT = "replace it, or delete the data set, which is then downloaded again"
+
+
+class _SizeLimited:
+    """A file of which a single read cannot fill the memory, however much it unpacks to."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+
+    def read(self, size: int = MAX_READ_BYTES + 1) -> bytes:
+        content = self.file.read(min(size, MAX_READ_BYTES + 1))
+        if len(content) > MAX_READ_BYTES:
+            raise ValueError(f"it has more than {MAX_READ_BYTES} bytes")
+        return content
 
 
 @dataclass(frozen=True)
@@ -418,7 +431,7 @@ class Files:
 
     url: str | None  # of the folder with the files; None: it cannot be downloaded freely
     files: dict[str, str | None]  # path in the folder of the data: MD5, where one is known
-    num_bytes: int | None = None  # how much of each file is needed; None: all of it
+    num_bytes: int | None = None  # how many bytes of each file are needed; None: all
 
     def is_complete(self, root: Path) -> bool:
         return all(_unzipped(root / file).exists() for file in self.files)
@@ -451,8 +464,9 @@ class Archive:
 
     def download(self, root: Path, report: Report) -> None:
         """Raises MissingError."""
+        # Several processes may download at once, so the name has to be unique.
         path = root / f"{token_hex(4)}-{PurePosixPath(self.url).name}"
-        fetch(self.url, path, self.md5, report, provide_instead=root / self.folder)
+        fetch(self.url, path, self.md5, report, path_in_message=root / self.folder)
         try:
             for other in DATASETS.values():
                 if other.url == self.url and not other.is_complete(root):
@@ -464,7 +478,7 @@ class Archive:
 # CIFAR's classes without deer, in CIFAR's order
 QUICKDRAW = ("airplane", "car", "bird", "cat", "dog", "frog", "horse", "cruise ship", "truck")
 QUICKDRAW_ROWS = 10000  # drawings of each class that are used
-# Domain: its folder, and its number of images, with those of the class "person".
+# Domain: its folder, and its number of images, including the class "person", which is not used.
 PACS = {"art": ("art_painting", 2048), "cartoon": ("cartoon", 2344), "sketch": ("sketch", 3929)}
 PACS_URL = (
     "https://github.com/MachineLearning2020/Homework3-PACS/archive/"
@@ -543,11 +557,11 @@ def fetch(
     md5: str | None,
     report: Report,
     num_bytes: int | None = None,
-    provide_instead: Path | None = None,
+    path_in_message: Path | None = None,
 ) -> None:
     """Download `url`, or its first `num_bytes` bytes, to `path`, which exists only when complete.
 
-    Raises MissingError, which asks the user to provide `path`, or `provide_instead`.
+    Raises MissingError. Its message asks the user to provide `path`, or else `path_in_message`.
     """
     part = path.with_name(f"{path.name}.{token_hex(4)}.part")
     try:
@@ -558,7 +572,7 @@ def fetch(
         part.replace(path)
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = f"downloading {url} failed ({_one_line(error)})"
-        missing = provide_instead or path
+        missing = path_in_message or path
         raise MissingError(f"{missing} is missing, and {reason}: put it there") from error
     finally:
         part.unlink(missing_ok=True)
@@ -569,7 +583,7 @@ def _download(url: str, part: Path, name: str, report: Report, num_bytes: int | 
     request = urllib.request.Request(url)
     if num_bytes:
         request.add_header("Range", f"bytes=0-{num_bytes - 1}")
-    limit = num_bytes or MAX_ARCHIVE_BYTES  # some servers ignore the range, and send everything
+    limit = num_bytes or MAX_DOWNLOAD_BYTES  # also where a server ignores the range
     digest = hashlib.md5(usedforsecurity=False)
     received = 0
     start = time.monotonic()
@@ -588,8 +602,8 @@ def _download(url: str, part: Path, name: str, report: Report, num_bytes: int | 
                 raise OSError("it is too slow")
     if received < expected:
         raise OSError(f"it ended after {received} of {expected} bytes")
-    if received == MAX_ARCHIVE_BYTES:
-        raise OSError(f"it has {MAX_ARCHIVE_BYTES} bytes or more")
+    if received == MAX_DOWNLOAD_BYTES:
+        raise OSError(f"it has {MAX_DOWNLOAD_BYTES} bytes or more")
     return digest.hexdigest()
 
 
@@ -637,23 +651,10 @@ def _members(path: Path) -> Iterator[tuple[str, BinaryIO]]:
                 for member in archive:
                     if member.isfile():
                         yield member.name, archive.extractfile(member)
-            _SizeLimited(file).read()  # to the end, where gzip's checksum is
+            _SizeLimited(file).read()  # read the rest, so that gzip verifies its checksum
 
 
 # ---------------------------------------------------------------- readers
-
-
-class _SizeLimited:
-    """A file of which a single read cannot fill the memory, however much it unpacks to."""
-
-    def __init__(self, file: BinaryIO):
-        self.file = file
-
-    def read(self, size: int = MAX_BYTES + 1) -> bytes:
-        content = self.file.read(min(size, MAX_BYTES + 1))
-        if len(content) > MAX_BYTES:
-            raise ValueError(f"it has more than {MAX_BYTES} bytes")
-        return content
 
 
 def _file_reader(parse):
@@ -729,18 +730,19 @@ MAT_COMPRESSED = 15
 
 @_file_reader
 def read_mat(content: bytes) -> dict[str, np.ndarray]:
-    """The first two arrays of a little-endian MATLAB-5 file, by name. They are not complex."""
+    """The first two arrays of a little-endian MATLAB-5 file, by name."""
     if content[126:128] != b"IM":
         raise ValueError("it is not a little-endian MATLAB-5 file")
     arrays = {}
     for kind, element in islice(_mat_elements(content[128:]), 2):
         if kind == MAT_COMPRESSED:
-            unpacked = zlib.decompressobj().decompress(element, MAX_BYTES)
-            ((kind, element),) = _mat_elements(unpacked)
-        # An array consists of its flags, shape, name and values.
-        _, (_, shape), (_, name), (value_kind, values) = islice(_mat_elements(element), 4)
-        values = np.frombuffer(values, MAT_DTYPES[value_kind])
-        arrays[name.decode()] = values.reshape(np.frombuffer(shape, "<u4"), order="F")
+            unpacked = zlib.decompressobj().decompress(element, MAX_READ_BYTES)
+            _, element = next(_mat_elements(unpacked))
+        _flags, shape, name, values = islice(_mat_elements(element), 4)  # (kind, content) each
+        value_kind, value_bytes = values
+        array = np.frombuffer(value_bytes, MAT_DTYPES[value_kind])
+        array_shape = np.frombuffer(shape[1], "<u4")
+        arrays[name[1].decode()] = array.reshape(array_shape, order="F")
     return arrays
 
 
@@ -1049,7 +1051,8 @@ def draw_digits(num_images: int, rng: torch.Generator) -> Data:
         angle = _plus_minus(n, rng, 0.2)[:, None]
         slant = _plus_minus(n, rng, 0.25)[:, None]
         zoom = _plus_minus(n, rng, 0.15)[:, None]
-        x, y = ((dots - 5) * 2.1 * (1 + zoom[:, None])).unbind(1)  # (n, dots), in pixels
+        dots = (dots - 5) * 2.1 * (1 + zoom[:, None])  # (n, 2, dots): in pixels, from the center
+        x, y = dots.unbind(1)
         x = x + slant * y
         rotated_x = x * angle.cos() - y * angle.sin() + _plus_minus(n, rng, 2)[:, None]
         rotated_y = x * angle.sin() + y * angle.cos() + _plus_minus(n, rng, 2)[:, None]
@@ -1243,7 +1246,7 @@ def _distance(labels: torch.Tensor, rng: torch.Generator, side: int) -> torch.Te
     num_parts = max(len(parts) for parts in OBJECTS.values())
     capsules = []
     for parts in OBJECTS.values():
-        padding = [parts[0]] * (num_parts - len(parts))  # a part twice does not change the shape
+        padding = [parts[0]] * (num_parts - len(parts))  # more parts at about the same place
         capsules.append(parts + padding)
     capsules = torch.tensor(capsules, dtype=torch.float32)[labels] / 100  # (n, parts, 5)
     ends, radius = capsules.split([4, 1], 2)  # (n, parts, 4) and (n, parts, 1)
@@ -1256,11 +1259,12 @@ def _distance(labels: torch.Tensor, rng: torch.Generator, side: int) -> torch.Te
     thickness = _plus_minus(n, rng, 0.2)
     flip = torch.randint(2, (n,), generator=rng) * 2 - 1
     x_scale = flip * (1 + stretch)
-    rotation = [angle.cos() * x_scale, angle.sin() * x_scale, -angle.sin(), angle.cos()]
-    rotation = torch.stack(rotation, 1).view(n, 2, 2)  # of points that are rows: ends @ rotation
+    # Points are rows: a point @ row_transform is flipped and stretched in x, and then rotated.
+    row_transform = [angle.cos() * x_scale, angle.sin() * x_scale, -angle.sin(), angle.cos()]
+    row_transform = torch.stack(row_transform, 1).view(n, 2, 2)
     size = (0.85 * (1 + zoom))[:, None, None]  # (n, 1, 1)
     move = 0.3 * _rand(n, 1, 2, rng=rng) - 0.15
-    ends = ((size * ends) @ rotation + move).view(n, num_parts, 2, 2, 1, 1)
+    ends = ((size * ends) @ row_transform + move).view(n, num_parts, 2, 2, 1, 1)
     radius_scale = size * (1 + thickness[:, None, None])  # (n, 1, 1)
     radius = radius[..., None] * radius_scale[:, None]  # (n, parts, 1, 1)
 
@@ -1313,18 +1317,18 @@ class BuiltIn:
 
 
 NUM_DIGITS = {"source": 5000, "pool": 30000, "val": 1000, "test": 2000}
-NUM_SMALL_OBJECTS = {"source": 5400, "pool": 18000, "val": 900, "test": 1800}
-NUM_LARGE_OBJECTS = {"source": 4200, "pool": 1200, "val": 300, "test": 1200}
-_draw_large_objects = partial(draw_objects, classes=6, side=40)
+NUM_OBJECTS = {"source": 5400, "pool": 18000, "val": 900, "test": 1800}
+NUM_PACS_OBJECTS = {"source": 4200, "pool": 1200, "val": 300, "test": 1200}
+_draw_pacs_objects = partial(draw_objects, classes=6, side=40)
 BUILT_IN = {
     "mnist": BuiltIn(draw_digits, NUM_DIGITS),
     "svhn": BuiltIn(draw_house_numbers, NUM_DIGITS),
-    "cifar": BuiltIn(partial(draw_objects, style="photo"), NUM_SMALL_OBJECTS),
-    "quickdraw": BuiltIn(partial(draw_objects, style="drawing", side=28), NUM_SMALL_OBJECTS),
-    "ilsvrc": BuiltIn(partial(_draw_large_objects, style="photo"), NUM_LARGE_OBJECTS),
-    "art": BuiltIn(partial(_draw_large_objects, style="art"), NUM_LARGE_OBJECTS),
-    "cartoon": BuiltIn(partial(_draw_large_objects, style="cartoon"), NUM_LARGE_OBJECTS),
-    "sketch": BuiltIn(partial(_draw_large_objects, style="sketch"), NUM_LARGE_OBJECTS),
+    "cifar": BuiltIn(partial(draw_objects, style="photo"), NUM_OBJECTS),
+    "quickdraw": BuiltIn(partial(draw_objects, style="drawing", side=28), NUM_OBJECTS),
+    "ilsvrc": BuiltIn(partial(_draw_pacs_objects, style="photo"), NUM_PACS_OBJECTS),
+    "art": BuiltIn(partial(_draw_pacs_objects, style="art"), NUM_PACS_OBJECTS),
+    "cartoon": BuiltIn(partial(_draw_pacs_objects, style="cartoon"), NUM_PACS_OBJECTS),
+    "sketch": BuiltIn(partial(_draw_pacs_objects, style="sketch"), NUM_PACS_OBJECTS),
 }
 
 

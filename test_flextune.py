@@ -1338,7 +1338,7 @@ def test_fetch_gets_the_whole_file_or_none(tmp_path, server, monkeypatch):
     pages["/dripping"] = {"Content-Length": 1 << 20}, b"drop", 0.02, 200
     pages["/endless"] = {"Content-Length": ""}, body, 0, 99
     monkeypatch.setattr(shifts, "TIMEOUT", 0.3)
-    monkeypatch.setattr(shifts, "MAX_ARCHIVE_BYTES", 1 << 22)
+    monkeypatch.setattr(shifts, "MAX_DOWNLOAD_BYTES", 1 << 22)
     for page, expected_md5, reason in (
         (f"{url}/good", "0" * 32, f"its MD5 is not {'0' * 32}"),
         (f"{url}/cut", None, "ended|IncompleteRead"),
@@ -1350,7 +1350,7 @@ def test_fetch_gets_the_whole_file_or_none(tmp_path, server, monkeypatch):
         ("http://127.0.0.1:1/x", None, "refused"),
     ):
         with pytest.raises(shifts.MissingError, match=reason) as caught:
-            shifts.fetch(page, tmp_path / "none", expected_md5, print, provide_instead="x")
+            shifts.fetch(page, tmp_path / "none", expected_md5, print, path_in_message="x")
         assert re.fullmatch("x is missing, and .*: put it there", str(caught.value))
     assert [path.name for path in tmp_path.rglob("*")] == ["new", "good"]
 
@@ -1937,9 +1937,9 @@ def test_a_run_draws_by_its_seed_and_is_validated_after_the_authors_steps(source
     for seed, ratio, num_images, epochs in ((0, 300, 300, 26), (0, 3, 4, 20), (1, 3, 4, 20)):
         run = run_all.Run(
             scenario=run_all.Scenario("mnist", "blurry", ratio, "real", "4-layer"),
-            protocol=run_all.MNIST,
+            protocol=run_all.MNIST_PROTOCOL,
             root=Path("data"),
-            source_seed=0,
+            source_number=0,
             settings=Settings(batch_size=16, device="cpu", seed=seed),
             methods=(),
         )
@@ -2575,7 +2575,7 @@ def test_broken_archives(tmp_path, kind):
 
 
 def test_no_file_fills_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(shifts, "MAX_BYTES", 1 << 16)
+    monkeypatch.setattr(shifts, "MAX_READ_BYTES", 1 << 16)
     large = np.zeros((1, 300, 300), np.uint8)
     for name, content, read in (
         ("a.gz", gzip.compress(idx(large)), shifts.read_idx),
@@ -2593,7 +2593,7 @@ def test_no_file_fills_the_memory(tmp_path, monkeypatch):
     (tmp_path / "net.pt").write_bytes(zipped({"archive/data.pkl": bytes(1 << 20)}))
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpacks it"))
     assert run_all.load_weights(tmp_path / "net.pt") is None
-    monkeypatch.setattr(shifts, "MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(shifts, "MAX_READ_BYTES", 1 << 20)
     (tmp_path / "a.png").write_bytes(photo_file("red", (9000, 9000)))
     with pytest.raises(shifts.DataError, match="pixels"):
         shifts.read_image(tmp_path / "a.png")
