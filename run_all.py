@@ -105,9 +105,9 @@ TABLE_3 = {
     ("ilsvrc", "sketch", 200): (0.924, 0.924, 0.890, 0.767, None, 0.916, 0.875),
 }
 
-# The unit with the best proxy, at each of the target's ratios. The authors' code has these figures
-# where it draws the plots of the paper's supplement, which is not public itself. For PACS, the
-# authors' source network was first tuned on photos of PACS. Ours is not.
+# The unit with the best proxy, at each of the target's ratios. The paper's supplement is not public:
+# these numbers are from the authors' code that draws its plots. For PACS they are of another source
+# network, which was first tuned on photos of PACS.
 BEST_PROXY = {
     ("mnist", "blurry"): {"fast-flex": (3, 3, 3, 3), "faster-flex": (3, 3, 3, 3)},
     ("mnist", "occluded"): {"fast-flex": (3, 3, 3, 3), "faster-flex": (3, 3, 3, 3)},
@@ -459,7 +459,7 @@ class Run:
         return f"{source} -> {target}, ratio {ratio}, seed {self.settings.seed}"
 
     def identity(self, method: str) -> dict:
-        """The fields that identify a result, together with its settings."""
+        """The fields that, with the settings, identify a result."""
         return {
             **self.scenario._asdict(),
             "source_network": self.source_number,
@@ -500,7 +500,7 @@ class Run:
 
     def cost(self) -> float:
         """Roughly how long the run takes compared with others, to estimate the time left."""
-        # Networks have 4 to 13 units, so flex trains about 12 networks.
+        # With flex, all methods together train about 12 networks: they share most of them.
         num_trainings = 12 if "flex" in self.methods else len(self.methods)
         cost_per_image = {"4-layer": 1, "7-layer": 10, "Inception2": 300 if self.root else 6}
         # The validations take about as long as training on 100 more images per class.
@@ -518,10 +518,11 @@ def checksum(*parts) -> str:
     """The MD5 of tensors, and of other values as text."""
     digest = hashlib.md5(usedforsecurity=False)
     for part in parts:
+        text = str(part)
         if isinstance(part, torch.Tensor):
             digest.update(part.contiguous().numpy())
-            part = part.shape
-        digest.update(str(part).encode())
+            text = str(part.shape)
+        digest.update(text.encode())
     return digest.hexdigest()
 
 
@@ -593,17 +594,19 @@ def choose_data(pairs: list[tuple[str, str]], args: argparse.Namespace) -> list[
     folders = []
     for source, target in pairs:
         runs = make_runs(source, target, Path(folder), args)
+        names = list(runs[0].protocol.required_files) + shifts.needs(source, target)
+        progress = Progress([1])
+        # Not `begin`, which would print a line even if there is nothing to download.
+        progress.title = "downloading the data"
         try:
             if any(missing_methods(run, args) for run in runs):
-                names = list(runs[0].protocol.required_files) + shifts.needs(source, target)
-                progress = Progress([1])
-                # Not `begin`, which would print a line even if there is nothing to download.
-                progress.title = "downloading the data"
                 shifts.provide(names, Path(folder), progress.report)
+                print_progress("")
             folders.append(folder)
         except shifts.MissingError as error:
             if args.data:
                 raise
+            print_progress("")
             line = "*" * 99
             print(f"{line}\n{source} -> {target}: {error}.\n{BUILT_IN_NOTICE}\n{line}")
             folders.append(None)
@@ -657,16 +660,16 @@ def run_missing(runs: list[Run], args: argparse.Namespace) -> None:
     def gallery_of(source: str, root: Path | None) -> shifts.Data:
         return shifts.load(source, None, root)["val"]
 
-    # Ranks claim indices of `runs`, which is the same list in all ranks. `pending` may differ, where
-    # another command writes results to the same folder.
+    # An index has to mean the same in all ranks. So both loops count all runs and not `pending`,
+    # which may differ where another command writes results to the same folder.
     #
-    # Each source network is trained by one rank. The others find it in args.out.
+    # First, each missing source network is trained by one rank. The others will find it in args.out.
     pending_keys = {run.source_key() for run in pending}
-    keys_and_runs = {run.source_key(): run for run in runs}  # one run for each source network
-    for index in claim("source networks", len(keys_and_runs)):
-        key, run = list(keys_and_runs.items())[index]
-        if key in pending_keys:
-            source_net_of(run)
+    run_of_key = {run.source_key(): run for run in runs}
+    keys = list(run_of_key)
+    for index in claim("source networks", len(keys)):
+        if keys[index] in pending_keys:
+            source_net_of(run_of_key[keys[index]])
     barrier("pretrained")
 
     progress = Progress([run.cost() if missing_methods(run, args) else 0 for run in runs])
@@ -749,7 +752,7 @@ def run_methods(
     """Run the methods, and write each result to args.out as soon as it is known."""
     num_trainings = len(net) + 6  # of all methods together, roughly
 
-    def report(text: str) -> None:  # called in trainings, when `task` is assigned
+    def report(text: str) -> None:  # `task` is assigned below, before a training calls this
         progress.report(text, part=len(task.results) / num_trainings)
 
     task = run.task(net, domain, report)
@@ -1000,13 +1003,13 @@ def by_network(groups: dict[Scenario, RowsByMethod]) -> dict[str, dict[Scenario,
     return tables
 
 
-def mean_of(rows: list[dict], field: str) -> float:
-    return statistics.mean(row[field] for row in rows)
+def mean_of(dicts: list[dict], key: str) -> float:
+    return statistics.mean(values[key] for values in dicts)
 
 
-def format_mean(rows: list[dict], field: str) -> str:
-    """The mean over the rows that have the field, and the standard deviation of several."""
-    values = [row[field] for row in rows if field in row]
+def format_mean(dicts: list[dict], key: str) -> str:
+    """The mean over the dictionaries that have the key, and the standard deviation of several."""
+    values = [entries[key] for entries in dicts if key in entries]
     if not values:
         return "-"
     if len(values) == 1:
@@ -1084,17 +1087,17 @@ def print_units(results: RowsByMethod) -> None:
         for row in all_rows:
             if unit in row.get("candidates", {}):
                 tuned[row["seed"]] = row["candidates"][unit]
-        accuracies = [format_mean(list(tuned.values()), field) for field in ("val", "test")]
+        cells = [format_mean(list(tuned.values()), split) for split in ("val", "test")]
         for method in PROXY_METHODS:
             proxies = [row["proxies"] for row in results.get(method, [])]
-            accuracies.append(format_mean(proxies, field=unit))  # their fields are unit numbers
-        if set(accuracies) == {"-"}:
+            cells.append(format_mean(proxies, key=unit))
+        if set(cells) == {"-"}:
             continue
         times_chosen = Counter(row["method"] for row in all_rows if row.get("chosen") == unit)
         chosen_by = []
         for method, count in times_chosen.items():
             chosen_by.append(f"{method} ({count} of {num_runs})" if num_runs > 1 else method)
-        table.append([title, *accuracies, ", ".join(chosen_by)])
+        table.append([title, *cells, ", ".join(chosen_by)])
     if len(table) > 1:
         print()
         print_columns(table, num_left_aligned=len(table[0]))
@@ -1117,7 +1120,8 @@ def print_certainty(flex_rows: list[dict]) -> None:
     bound = mean_of(certainties, "bound")
     print(
         f"flex's choice leads the next by {lead:.3f} \u00b1 {standard_error:.3f} on the validation set\n"
-        f"with probability 95%, each validation accuracy is within {bound:.3f} of its expectation"
+        f"early stopping aside, with probability 95% each validation accuracy is within {bound:.3f} "
+        "of its expectation"
     )
     num_tied = sum(len(row["tied"]) > 1 for row in flex_rows)
     if num_tied:
@@ -1183,7 +1187,7 @@ def print_table_3(groups: dict[Scenario, RowsByMethod]) -> None:
                 table.append([title, *(cells.get(method, "") for method in methods)])
             times_best.update(best_methods(means))
         print_columns(table, num_left_aligned=1)
-        print("(*: better than every baseline, ft-)")
+        print("(*: better than all baselines, ft-...)")
         counts = ", ".join(f"{m} {times_best[m]}" for m in methods if times_best[m])
         title = f"best in how many of {len(scenarios)} scenarios, ties counting for each"
         print(f"{title}: {counts} (paper, of 72: {TIMES_BEST})")
@@ -1233,7 +1237,7 @@ def with_stars(accuracies: dict[str, float], baselines: set[str]) -> dict[str, s
 
 
 def best_methods(means: dict[str, float]) -> list[str]:
-    """All methods that share the highest accuracy. The source network only counts if it is alone."""
+    """All methods that share the highest accuracy. `source` counts only if nothing else was run."""
     tuned = {method: mean for method, mean in means.items() if method != "source"}
     competitors = tuned or means
     highest = max(competitors.values())
@@ -1501,7 +1505,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--device", type=device, metavar="NAME",
                        help="cpu, cuda or cuda:N (default: cuda if available)")
     group.add_argument("--max-epochs", type=integer, metavar="N",
-                       help="limit for every fine-tuning (default: the authors')")
+                       help="limit for every fine-tuning (default: depends on the ratio)")
     group.add_argument("--bfloat16", action="store_true",
                        help="fine-tune under bfloat16 autocast, faster on some processors")
     group.add_argument("--cache-gib", type=integer_from_0, default=2, metavar="N",
@@ -1531,7 +1535,8 @@ def check_options(pairs: list[tuple[str, str]], args: argparse.Namespace) -> Non
         if args.ratio and max(args.ratio) > largest:
             raise ValueError(f"--ratio: the largest of {source} -> {target} is {largest}")
     needs_folder = args.data not in (None, "builtin")
-    if needs_folder and (args.data == "" or not Path(args.data).is_dir()):
+    is_empty = args.data == ""  # Path("") would be the current folder
+    if needs_folder and (is_empty or not Path(args.data).is_dir()):
         hint = "for built-in images: --data builtin"
         raise ValueError(f"--data: there is no folder {args.data!r}; {hint}")
     if args.save:
@@ -1567,7 +1572,7 @@ def print_scenarios(pairs: list[tuple[str, str]], data: str | None) -> None:
 
 
 def show_results(runs: list[Run], args: argparse.Namespace) -> None:
-    """Print each scenario of a --target by itself, and the tables and figures that are asked for."""
+    """With --target, print all of each scenario. Then print and draw the tables and figures."""
     rows = [load_result(run.path(method, args.out)) for run in runs for method in run.methods]
     if None in rows:
         raise OSError(f"a result in {args.out} is gone since it was written: run this again")

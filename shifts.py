@@ -157,26 +157,24 @@ def _generator(name: str) -> torch.Generator:
 
 
 def blur(x: torch.Tensor, rng: torch.Generator, taps: int, reach: float) -> torch.Tensor:
-    """Convolve with a Gaussian kernel of taps x taps pixels. Outside of the image is black.
+    """Convolve with a kernel of taps x taps pixels. Outside of the image is black.
 
-    The kernel is that of the authors' code: sqrt(p p^T), divided by its sum, where p[i] is the
-    probability of a standard normal variable in the i-th of `taps` equal intervals from -edge to
-    edge, and edge = reach + w / 2 with w = (2 reach + 1) / taps. (w is not the width of the
-    intervals, but what the authors' code has.) With an even number of taps, there is one more on
-    the right and below the center than on the left and above.
+    As in the authors' code, the kernel is the outer product of sqrt(p) with itself, divided by its
+    sum. Here, p[i] is the probability of a standard normal variable in the i-th of `taps` equal
+    intervals from -edge to edge, and edge = reach + (reach + 0.5) / taps. An even kernel reaches
+    one pixel further to the right and down than to the left and up.
     """
-    w = (2 * reach + 1) / taps
-    edge = reach + w / 2
+    edge = reach + (reach + 0.5) / taps
     bounds = torch.linspace(-edge, edge, taps + 1, dtype=torch.float32)
     kernel_1d = torch.special.ndtr(bounds).diff().sqrt()
     kernel_1d = kernel_1d / kernel_1d.sum()
 
-    # matrix @ x convolves every column with the kernel, and x @ matrix.T every row: in a column,
-    # output pixel i is the sum over j of kernel_1d[tap[i, j]] * input pixel j.
+    # matrix[i, j] is the weight of input pixel j in output pixel i: a tap of the kernel, or 0 where
+    # the kernel around i does not reach j. So matrix @ x convolves columns, x @ matrix.T rows.
     pixel = torch.arange(x.shape[2])
-    tap = pixel - pixel[:, None] + (taps - 1) // 2
-    is_in_kernel = (0 <= tap) & (tap < taps)
-    matrix = kernel_1d[tap.clamp(0, taps - 1)].where(is_in_kernel, 0)
+    tap_index = pixel - pixel[:, None] + (taps - 1) // 2
+    is_in_kernel = (0 <= tap_index) & (tap_index < taps)
+    matrix = kernel_1d[tap_index.clamp(0, taps - 1)].where(is_in_kernel, 0)
     return _map_chunks(lambda chunk: matrix @ chunk @ matrix.T, x)
 
 
@@ -273,7 +271,7 @@ def affine(x: torch.Tensor, angle, scale, move) -> torch.Tensor:
         pixels = chunk.flatten(2).gather(2, index.expand(*chunk.shape[:2], -1))
         return pixels.where(is_inside[:, None], 0).view_as(chunk)
 
-    if len(angle) == 1:  # there is nothing to divide into chunks
+    if len(angle) == 1:  # the same parameters for all chunks of images
         return _map_chunks(lambda chunk: mapped(chunk, angle, scale, move), x)
     return _map_chunks(mapped, x, angle, scale, move)
 
@@ -300,8 +298,8 @@ def scaling_symmetric(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 def scaling_stretch(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     """Add mirrored borders of 1, 2, 4, ... pixels one after the other, and resize to the old size.
 
-    For images of 224 pixels, the last border has 64. Each border mirrors the ones before: this repeats the
-    pixels near the edge of the image, which looks stretched.
+    For images of 224 pixels, the last border has 64. Each border also mirrors the borders before
+    it, so the few pixels at the edge are repeated again and again, which looks stretched.
     """
     side = x.shape[2]
     max_border = side * 64 // 224
@@ -413,13 +411,16 @@ REPLACE_HINT = "replace it, or delete the data set, which is then downloaded aga
 
 
 class _SizeLimited:
-    """A file of which a single read cannot fill the memory, however much it unpacks to."""
+    """Raises ValueError where a single read would return more than MAX_READ_BYTES.
+
+    So no file can fill the memory, however much it unpacks to.
+    """
 
     def __init__(self, file: BinaryIO):
         self.file = file
 
     def read(self, size: int = MAX_READ_BYTES + 1) -> bytes:
-        content = self.file.read(min(size, MAX_READ_BYTES + 1))
+        content = self.file.read(min(size, MAX_READ_BYTES + 1))  # one more, to notice it
         if len(content) > MAX_READ_BYTES:
             raise ValueError(f"it has more than {MAX_READ_BYTES} bytes")
         return content
@@ -561,7 +562,7 @@ def fetch(
 ) -> None:
     """Download `url`, or its first `num_bytes` bytes, to `path`, which exists only when complete.
 
-    Raises MissingError. Its message asks the user to provide `path`, or else `path_in_message`.
+    Raises MissingError. Its message asks the user to provide `path_in_message`, by default `path`.
     """
     part = path.with_name(f"{path.name}.{token_hex(4)}.part")
     try:
@@ -738,11 +739,12 @@ def read_mat(content: bytes) -> dict[str, np.ndarray]:
         if kind == MAT_COMPRESSED:
             unpacked = zlib.decompressobj().decompress(element, MAX_READ_BYTES)
             _, element = next(_mat_elements(unpacked))
-        _flags, shape, name, values = islice(_mat_elements(element), 4)  # (kind, content) each
-        value_kind, value_bytes = values
-        array = np.frombuffer(value_bytes, MAT_DTYPES[value_kind])
-        array_shape = np.frombuffer(shape[1], "<u4")
-        arrays[name[1].decode()] = array.reshape(array_shape, order="F")
+        # An array consists of its flags, shape, name and values, each as (kind, bytes).
+        parts = islice(_mat_elements(element), 4)
+        _, (_, shape_bytes), (_, name_bytes), (value_kind, value_bytes) = parts
+        values = np.frombuffer(value_bytes, MAT_DTYPES[value_kind])
+        shape = np.frombuffer(shape_bytes, "<u4")
+        arrays[name_bytes.decode()] = values.reshape(shape, order="F")
     return arrays
 
 
@@ -803,7 +805,7 @@ def _mnist(root: Path) -> dict[str, Data]:
     """The first 5,000 training images are "val", then 25,000 random ones "source", 30,000 "pool"."""
     train_images, train_labels, test_images, test_labels = DATASETS["mnist"].files
     images, labels = _digits(root, train_images, train_labels)
-    num_val = len(labels) * 5 // 60  # in proportion: fewer images of the same form work as well
+    num_val = len(labels) * 5 // 60  # in proportion, so that shorter files work, too
     rest = images[num_val:], labels[num_val:]
     splits = _random_split(rest, "mnist", source=25, pool=30)
     splits["val"] = images[:num_val], labels[:num_val]
@@ -825,7 +827,7 @@ def _svhn(root: Path) -> dict[str, Data]:
     """The first 10,000 of the 73,257 training images are "val", all others "pool"."""
     train_file, test_file = DATASETS["svhn"].files
     images, labels = _house_numbers(root / train_file)
-    num_val = len(labels) * 10000 // 73257  # in proportion: fewer images work as well
+    num_val = len(labels) * 10000 // 73257  # in proportion, so that shorter files work, too
     return {
         "pool": (images[num_val:], labels[num_val:]),
         "val": (images[:num_val], labels[:num_val]),
@@ -1037,8 +1039,8 @@ def draw_digits(num_images: int, rng: torch.Generator) -> Data:
     labels = torch.arange(num_images) % len(STROKES)
     pixels = torch.arange(28, dtype=torch.float32)[:, None] - 13.5  # (28, 1), from the center
 
-    # A dot is a Gaussian: a product of a function of the row and one of the column. So the sum of
-    # all dots is a matrix product.
+    # A stroke is drawn as a row of dots. Each is a Gaussian, g(row) * g(column), so the sum of all
+    # dots is a matrix product.
     def gaussians(positions, width):
         return torch.exp(-(((positions[:, None] - pixels) / width) ** 2))  # (n, 28, dots)
 
@@ -1048,10 +1050,10 @@ def draw_digits(num_images: int, rng: torch.Generator) -> Data:
         points = points + 0.35 * _randn(n, len(stroke), 2, rng=rng)
         num_dots = 12 * len(stroke)
         dots = interpolate(points.mT, size=num_dots, mode="linear", align_corners=True)
-        angle = _plus_minus(n, rng, 0.2)[:, None]
-        slant = _plus_minus(n, rng, 0.25)[:, None]
-        zoom = _plus_minus(n, rng, 0.15)[:, None]
-        dots = (dots - 5) * 2.1 * (1 + zoom[:, None])  # (n, 2, dots): in pixels, from the center
+        angle = _plus_minus(n, rng, 0.2)[:, None]  # (n, 1)
+        slant = _plus_minus(n, rng, 0.25)[:, None]  # (n, 1)
+        zoom = _plus_minus(n, rng, 0.15)[:, None, None]  # (n, 1, 1)
+        dots = (dots - 5) * 2.1 * (1 + zoom)  # (n, 2, dots): in pixels, from the center
         x, y = dots.unbind(1)
         x = x + slant * y
         rotated_x = x * angle.cos() - y * angle.sin() + _plus_minus(n, rng, 2)[:, None]
@@ -1075,6 +1077,7 @@ def draw_house_numbers(num_images: int, rng: torch.Generator) -> Data:
     """Digits [N, 3, 28, 28] in one random colour on another."""
     digits, labels = draw_digits(num_images, rng)
     background = _rand(num_images, 3, 1, 1, rng=rng)
+    # In each channel, the ink is .35 to .65 away from the background, also modulo 1.
     ink = (background + 0.35 + 0.3 * _rand(num_images, 3, 1, 1, rng=rng)) % 1
     images = (background + digits.float() / 255 * (ink - background)) * 255
     images = images + 15 * _texture(num_images, rng, 28, (4, 4))
@@ -1264,7 +1267,9 @@ def _distance(labels: torch.Tensor, rng: torch.Generator, side: int) -> torch.Te
     row_transform = torch.stack(row_transform, 1).view(n, 2, 2)
     size = (0.85 * (1 + zoom))[:, None, None]  # (n, 1, 1)
     move = 0.3 * _rand(n, 1, 2, rng=rng) - 0.15
-    ends = ((size * ends) @ row_transform + move).view(n, num_parts, 2, 2, 1, 1)
+    ends = (size * ends) @ row_transform + move
+    # (n, parts, start or end, x or y), and two dimensions for the pixels
+    ends = ends.view(n, num_parts, 2, 2, 1, 1)
     radius_scale = size * (1 + thickness[:, None, None])  # (n, 1, 1)
     radius = radius[..., None] * radius_scale[:, None]  # (n, parts, 1, 1)
 
@@ -1318,6 +1323,7 @@ class BuiltIn:
 
 NUM_DIGITS = {"source": 5000, "pool": 30000, "val": 1000, "test": 2000}
 NUM_OBJECTS = {"source": 5400, "pool": 18000, "val": 900, "test": 1800}
+# The built-in ILSVRC has the six classes of PACS, so that it is a source for both.
 NUM_PACS_OBJECTS = {"source": 4200, "pool": 1200, "val": 300, "test": 1200}
 _draw_pacs_objects = partial(draw_objects, classes=6, side=40)
 BUILT_IN = {
