@@ -51,7 +51,8 @@ SELECTIONS = ("flex", "fast-flex", "faster-flex")
 PROXY_METHODS = ("fast-flex", "faster-flex")
 BASELINES = ("ft-fc-1", "ft-fc-2", "ft-ss", "ft-all")
 
-# Test accuracy of the source network on each target: Table 2, QuickDraw's from Table 3.
+# Test accuracy of the source network on each target: Table 2. Those of the source QuickDraw are from
+# Table 3, which has two decimals.
 SOURCE_ACCURACY = {
     ("mnist", "blurry"): 0.748,
     ("mnist", "occluded"): 0.581,
@@ -107,7 +108,7 @@ TABLE_3 = {
 
 # The unit with the best proxy, at each of the target's ratios. The paper's supplement is not public:
 # these numbers are from the authors' code that draws its plots. For PACS they are of another source
-# network, which was first tuned on photos of PACS.
+# network, which was first tuned on photos of PACS, and for ILSVRC of other ratios (see below).
 BEST_PROXY = {
     ("mnist", "blurry"): {"fast-flex": (3, 3, 3, 3), "faster-flex": (3, 3, 3, 3)},
     ("mnist", "occluded"): {"fast-flex": (3, 3, 3, 3), "faster-flex": (3, 3, 3, 3)},
@@ -228,7 +229,8 @@ ILSVRC_PROTOCOL = Protocol(
     network="Inception2",
     load=lambda root: models.load_inception2(root / "inception2.npz"),
     required_files=("inception2",),
-    tuning=Settings(lr=1e-4, top_k=5),  # section 5.1; the authors' code stops by top-1 accuracy
+    # Section 5.1 has this rate, and top-5 accuracies. Trainings in the authors' code stop by top-1.
+    tuning=Settings(lr=1e-4, top_k=5),
     # The ratios are those of Table 2. In the authors' code they are .01, .5 and 1 of the pool, and it
     # has no schedules for ILSVRC: we take those for PACS.
     schedules=dict(zip((2, 12, 25), PACS_SCHEDULES)),
@@ -500,7 +502,7 @@ class Run:
 
     def cost(self) -> float:
         """Roughly how long the run takes compared with others, to estimate the time left."""
-        # With flex, all methods together train about 12 networks: they share most of them.
+        # With flex, all methods together train 10 to 19 networks, as in `run_methods`.
         num_trainings = 12 if "flex" in self.methods else len(self.methods)
         cost_per_image = {"4-layer": 1, "7-layer": 10, "Inception2": 300 if self.root else 6}
         # The validations take about as long as training on 100 more images per class.
@@ -660,8 +662,9 @@ def run_missing(runs: list[Run], args: argparse.Namespace) -> None:
     def gallery_of(source: str, root: Path | None) -> shifts.Data:
         return shifts.load(source, None, root)["val"]
 
-    # An index has to mean the same in all ranks. So both loops count all runs and not `pending`,
-    # which may differ where another command writes results to the same folder.
+    # `claim` divides indices among the ranks (see below), so an index has to mean the same in all of
+    # them. Both loops, over source networks and over runs, refer to all runs: `pending` may differ
+    # between ranks, where another command writes results to the same folder.
     #
     # First, each missing source network is trained by one rank. The others will find it in args.out.
     pending_keys = {run.source_key() for run in pending}
@@ -879,7 +882,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 class Progress:
-    """Reports on stderr what is running, and about how long all steps are going to take.
+    """Reports on stderr what is running, and about how much time is left for all steps.
 
     On a terminal there is one line, which changes. Elsewhere, each step begins a line, and then
     there is a line every ten seconds. Under torchrun only rank 0 reports.
@@ -910,7 +913,7 @@ class Progress:
         done = sum(self.costs[: self.step]) + part * self.costs[self.step]
         if done > 0:
             seconds_left = (now - self.start_time) * (sum(self.costs) / done - 1)
-            line += f"; all: about {seconds_left / 60:.0f} min"
+            line += f"; all: about {seconds_left / 60:.0f} min left"
         print_progress(line)
         self.last_printed = now
 
@@ -1120,8 +1123,8 @@ def print_certainty(flex_rows: list[dict]) -> None:
     bound = mean_of(certainties, "bound")
     print(
         f"flex's choice leads the next by {lead:.3f} \u00b1 {standard_error:.3f} on the validation set\n"
-        f"early stopping aside, with probability 95% each validation accuracy is within {bound:.3f} "
-        "of its expectation"
+        f"with probability 95%, each validation accuracy is within {bound:.3f} of the accuracy to "
+        "expect on new images (early stopping on the validation set not counted)"
     )
     num_tied = sum(len(row["tied"]) > 1 for row in flex_rows)
     if num_tied:
@@ -1371,7 +1374,8 @@ def draw_figure_2(groups: dict[Scenario, RowsByMethod], folder: Path) -> None:
     panels = rank_units(groups)
     figure, axes = new_figure(7, 3 * len(panels), rows=len(panels))
     for ((source, network, data), targets), ax in zip(panels.items(), axes[:, 0]):
-        columns = [*next(iter(targets.values())).rank_sums, "all"]
+        first_target = next(iter(targets.values()))
+        columns = [*first_target.rank_sums, "all"]  # the units, and "all"
         shades = np.zeros((len(targets), len(columns)))  # "all" has no rank
         for line, unit_ranks in enumerate(targets.values()):
             rank_sums = list(unit_ranks.rank_sums.values())

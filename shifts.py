@@ -160,9 +160,9 @@ def blur(x: torch.Tensor, rng: torch.Generator, taps: int, reach: float) -> torc
     """Convolve with a kernel of taps x taps pixels. Outside of the image is black.
 
     As in the authors' code, the kernel is the outer product of sqrt(p) with itself, divided by its
-    sum. Here, p[i] is the probability of a standard normal variable in the i-th of `taps` equal
-    intervals from -edge to edge, and edge = reach + (reach + 0.5) / taps. An even kernel reaches
-    one pixel further to the right and down than to the left and up.
+    sum, where p[i] is the probability of a standard normal variable in the i-th of `taps` equal
+    intervals. They cover `reach` standard deviations on both sides of 0, and a margin of
+    (reach + 0.5) / taps. An even kernel has one pixel more on the right and below its center.
     """
     edge = reach + (reach + 0.5) / taps
     bounds = torch.linspace(-edge, edge, taps + 1, dtype=torch.float32)
@@ -312,7 +312,7 @@ def scaling_stretch(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 
 def _with_mirrored_border(x: torch.Tensor, border: int) -> torch.Tensor:
-    """Mirror the image at its edges, which are repeated."""
+    """Mirror the image at its edges. The pixels at the edge appear twice (NumPy's "symmetric")."""
     x = torch.cat([x[:, :, :border].flip(2), x, x[:, :, -border:].flip(2)], 2)
     return torch.cat([x[..., :border].flip(3), x, x[..., -border:].flip(3)], 3)
 
@@ -405,23 +405,27 @@ SHIFTS = {  # by source and target; sizes and strengths are those of the authors
 
 TIMEOUT = 5  # seconds without an answer after which a download is given up
 MIN_BYTES_PER_SECOND = 1000  # a download that is slower on average is given up, too
-MAX_READ_BYTES = 1 << 28  # of a file that is read or unpacked; SVHN's have 182 million
+MAX_READ_BYTES = 1 << 28  # of a file that is read or unpacked; CIFAR's archive has 184 million
 MAX_DOWNLOAD_BYTES = 4 * MAX_READ_BYTES
 REPLACE_HINT = "replace it, or delete the data set, which is then downloaded again"
 
 
 class _SizeLimited:
-    """Raises ValueError where a single read would return more than MAX_READ_BYTES.
+    """A file that raises ValueError where more than MAX_READ_BYTES would be read in all.
 
-    So no file can fill the memory, however much it unpacks to.
+    So no file can fill the memory, whatever it unpacks to.
     """
 
     def __init__(self, file: BinaryIO):
         self.file = file
+        self.num_left = MAX_READ_BYTES
 
-    def read(self, size: int = MAX_READ_BYTES + 1) -> bytes:
-        content = self.file.read(min(size, MAX_READ_BYTES + 1))  # one more, to notice it
-        if len(content) > MAX_READ_BYTES:
+    def read(self, size: int = -1) -> bytes:
+        if size < 0 or size > self.num_left:
+            size = self.num_left + 1  # one more than allowed, to notice it
+        content = self.file.read(size)
+        self.num_left -= len(content)
+        if self.num_left < 0:
             raise ValueError(f"it has more than {MAX_READ_BYTES} bytes")
         return content
 
@@ -648,11 +652,12 @@ def _members(path: Path) -> Iterator[tuple[str, BinaryIO]]:
                 yield member.filename, archive.open(member)
     else:
         with gzip.open(path) as file:
-            with tarfile.open(fileobj=_SizeLimited(file), mode="r|") as archive:
+            limited_file = _SizeLimited(file)
+            with tarfile.open(fileobj=limited_file, mode="r|") as archive:
                 for member in archive:
                     if member.isfile():
                         yield member.name, archive.extractfile(member)
-            _SizeLimited(file).read()  # read the rest, so that gzip verifies its checksum
+            limited_file.read()  # read the rest, so that gzip verifies its checksum
 
 
 # ---------------------------------------------------------------- readers
@@ -1077,7 +1082,7 @@ def draw_house_numbers(num_images: int, rng: torch.Generator) -> Data:
     """Digits [N, 3, 28, 28] in one random colour on another."""
     digits, labels = draw_digits(num_images, rng)
     background = _rand(num_images, 3, 1, 1, rng=rng)
-    # In each channel, the ink is .35 to .65 away from the background, also modulo 1.
+    # Ink and background differ by .35 to .65 in each channel, also where the sum exceeds 1 and wraps.
     ink = (background + 0.35 + 0.3 * _rand(num_images, 3, 1, 1, rng=rng)) % 1
     images = (background + digits.float() / 255 * (ink - background)) * 255
     images = images + 15 * _texture(num_images, rng, 28, (4, 4))
@@ -1249,7 +1254,8 @@ def _distance(labels: torch.Tensor, rng: torch.Generator, side: int) -> torch.Te
     num_parts = max(len(parts) for parts in OBJECTS.values())
     capsules = []
     for parts in OBJECTS.values():
-        padding = [parts[0]] * (num_parts - len(parts))  # more parts at about the same place
+        # In a tensor, all objects need equally many parts: repeat the first one.
+        padding = [parts[0]] * (num_parts - len(parts))
         capsules.append(parts + padding)
     capsules = torch.tensor(capsules, dtype=torch.float32)[labels] / 100  # (n, parts, 5)
     ends, radius = capsules.split([4, 1], 2)  # (n, parts, 4) and (n, parts, 1)

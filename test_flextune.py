@@ -1864,7 +1864,7 @@ def test_every_method_from_start_to_finish(quick, capsys):
     # Progress on a pipe: a line for each step, besides those of trainings that take long.
     begun = [line for line in err.splitlines() if "epoch" not in line]
     assert begun[:2] == ["[1/1] pretraining on mnist", "[1/2] mnist -> mnist-m, ratio 30, seed 7"]
-    assert re.fullmatch(r"\[2/2\] .*, seed 8; all: about \d+ min", begun[2])
+    assert re.fullmatch(r"\[2/2\] .*, seed 8; all: about \d+ min left", begun[2])
 
     rows = results()
     expected_order = [(seed, method) for seed in (7, 8) for method in run_all.METHODS]
@@ -2339,8 +2339,11 @@ def test_progress_tells_the_time_left(monkeypatch, capsys):
     progress.report("not within ten seconds", part=0.6)
     progress.begin(1, "second")  # 60 s for a quarter
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "[1/2] first" and lines[1] == "[1/2] first, half; all: about 4 min"
-    assert lines[2:] == ["[2/2] second; all: about 3 min"]
+    assert lines == [
+        "[1/2] first",
+        "[1/2] first, half; all: about 4 min left",
+        "[2/2] second; all: about 3 min left",
+    ]
 
 
 def test_progress_is_rewritten_on_a_terminal(monkeypatch, capsys):
@@ -2590,6 +2593,14 @@ def test_no_file_fills_the_memory(tmp_path, monkeypatch):
         (tmp_path / "archive").write_bytes(content)
         with pytest.raises(shifts.MissingError, match="more than 65536 bytes"):
             shifts._unpack(tmp_path / "archive", archive, tmp_path / "data")
+    pax_header = tarfile.TarInfo("a")
+    pax_header.pax_headers = {"comment": "0" * 100_000}
+    bomb = io.BytesIO()
+    with tarfile.open(fileobj=bomb, mode="w:gz", format=tarfile.PAX_FORMAT) as file:
+        file.addfile(pax_header)
+    (tmp_path / "archive").write_bytes(bomb.getvalue())
+    with pytest.raises(shifts.MissingError, match="more than 65536 bytes"):
+        shifts._unpack(tmp_path / "archive", archive, tmp_path / "data")
     (tmp_path / "net.pt").write_bytes(zipped({"archive/data.pkl": bytes(1 << 20)}))
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpacks it"))
     assert run_all.load_weights(tmp_path / "net.pt") is None
