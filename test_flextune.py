@@ -1894,7 +1894,7 @@ def test_runs_take_the_source_networks_by_turns(quick):
 
 @pytest.mark.parametrize("source", ["mnist", "cifar", "quickdraw", "ilsvrc"])
 def test_every_scenario_runs(quick, source):
-    """At each of the paper's ratios. All methods run on MNIST's smallest, cheap ones elsewhere."""
+    """At each of the paper's ratios, with cheap methods, and flex on Inception2."""
     expected = []
     for pair in run_all.PAIRS:
         if pair[0] == source:
@@ -1903,9 +1903,6 @@ def test_every_scenario_runs(quick, source):
     quick(f"{command} source ft-fc-1")
     ran = [(row["target"], row["ratio"]) for row in results()]
     assert ran[::2] == ran[1::2] == expected
-    if source == "mnist":
-        quick(f"{command} {' '.join(run_all.METHODS)} --ratio 3")
-        assert len(results()) == len(ran) + 6 * 6
     if source == "ilsvrc":
         quick(f"{command} flex ft-ss --target sketch --ratio 2")
         assert results()[-1]["candidates"].keys() == {*map(str, range(1, 14)), "all"}
