@@ -144,12 +144,12 @@ TABLE_4 = {
     "sketch": (0.39, 0.85, 0.86),
 }
 
-PAIRS = list(SOURCE_ACCURACY)  # all (source, target)
-
 TIMES_BEST = "flex 60, fast-flex 41, ft-all 26"  # of 72 scenarios, section 5.2
 
 
 # ---------------------------------------------------------------- scenarios and protocols
+
+PAIRS = list(SOURCE_ACCURACY)  # the (source, target) of all scenarios
 
 
 class Scenario(NamedTuple):
