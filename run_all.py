@@ -644,8 +644,8 @@ def create_folders(args: argparse.Namespace) -> None:
 
 def run_missing(runs: list[Run], args: argparse.Namespace) -> None:
     """Run the methods that have no result yet. Each rank takes a share of the runs."""
-    pending = [run for run in runs if missing_methods(run, args)]
-    num_finished = len(runs) - len(pending)
+    missing = [missing_methods(run, args) for run in runs]
+    num_finished = sum(1 for methods in missing if not methods)
     if num_finished:
         hint = "to run them again, name another --out or --seed"
         print(f"{num_finished} of {len(runs)} runs have results in {args.out} ({hint})")
@@ -663,19 +663,19 @@ def run_missing(runs: list[Run], args: argparse.Namespace) -> None:
         return shifts.load(source, None, root)["val"]
 
     # `claim` divides indices among the ranks (see below), so an index has to mean the same in all of
-    # them. Both loops, over source networks and over runs, refer to all runs: `pending` may differ
+    # them. Both loops, over source networks and over runs, refer to all runs: `missing` may differ
     # between ranks, where another command writes results to the same folder.
     #
     # First, each missing source network is trained by one rank. The others will find it in args.out.
-    pending_keys = {run.source_key() for run in pending}
+    needed_keys = {run.source_key() for run, methods in zip(runs, missing) if methods}
     run_of_key = {run.source_key(): run for run in runs}
     keys = list(run_of_key)
     for index in claim("source networks", len(keys)):
-        if keys[index] in pending_keys:
+        if keys[index] in needed_keys:
             source_net_of(run_of_key[keys[index]])
     barrier("pretrained")
 
-    progress = Progress([run.cost() if missing_methods(run, args) else 0 for run in runs])
+    progress = Progress([run.cost() if methods else 0 for run, methods in zip(runs, missing)])
     loaded = None
     for index in claim("runs", len(runs)):
         run = replace(runs[index], methods=missing_methods(runs[index], args))
@@ -964,13 +964,13 @@ def barrier(point: str) -> None:
         store().wait([f"{point} {rank}" for rank in range(NUM_RANKS)])
 
 
-def claim(items: str, num_items: int) -> Iterator[int]:
+def claim(name: str, num_items: int) -> Iterator[int]:
     """The numbers from 0 to num_items - 1, each in only one of the ranks."""
     if NUM_RANKS == 1:
         yield from range(num_items)
         return
     while True:
-        index = store().add(items, 1) - 1
+        index = store().add(name, 1) - 1
         if index >= num_items:
             return
         yield index
@@ -1313,14 +1313,14 @@ def draw_figure_1(groups: dict[Scenario, RowsByMethod], folder: Path) -> None:
         for number, (ratio, rows) in enumerate(rows_by_ratio.items()):
             names = {str(unit): name for unit, name in enumerate(rows[0]["names"], start=1)}
             names["all"] = "all"
-            for split, line_style in (("test", "--"), ("val", "-")):
-                means = candidate_means(rows, split)
+            test_means = candidate_means(rows, "test")
+            val_means = candidate_means(rows, "val")
+            for split, means, line_style in (("test", test_means, "--"), ("val", val_means, "-")):
                 x = [names[unit] for unit in means]
                 label = f"{split}, ratio {ratio}"
                 ax.plot(x, list(means.values()), line_style, color=f"C{number}", label=label)
             chosen = statistics.mode(row["chosen"] for row in rows)
-            validation_means = candidate_means(rows, "val")
-            ax.plot(names[chosen], validation_means[chosen], "v", color="blue", markersize=9)
+            ax.plot(names[chosen], val_means[chosen], "v", color="blue", markersize=9)
         ax.set(title=f"{source} → {target}, {network}, {data} data", ylabel="accuracy")
         ax.tick_params(axis="x", rotation=45)
         figure.legend(title="▼ flex's pick", fontsize="small", loc="outside right upper")
@@ -1453,9 +1453,9 @@ def integer(text: str, minimum: int = 1) -> int:
 def device(text: str) -> str:
     try:
         name = torch.device(text)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError("must be cpu, cuda or cuda:N") from error
-    if name.type not in ("cpu", "cuda"):
+    except RuntimeError:
+        name = None
+    if name is None or name.type not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError("must be cpu, cuda or cuda:N")
     if name.type == "cuda" and (name.index or 0) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(f"there is no {text} on this machine")
@@ -1609,14 +1609,9 @@ def run_command(args: argparse.Namespace) -> None:
     print(end="", flush=True)  # if stdout cannot be written, the error is raised here
 
 
-def error_message(error: Exception, args: argparse.Namespace | None) -> str:
-    """One line for an error that the user can do something about."""
-    # oneDNN says that it "could not create a primitive".
-    if args and re.search("out ?of ?memory|allocate|MemoryError|a primitive", repr(error)):
-        return f"out of memory: try less than --cache-gib {args.cache_gib}"
-    message = " ".join(str(error).split())
-    notes = getattr(error, "__notes__", [])  # they name the unit that was tuned
-    return ", ".join([message, *notes])
+def is_out_of_memory(error: Exception) -> bool:
+    """PyTorch has several errors for it. oneDNN says that it "could not create a primitive"."""
+    return bool(re.search("out ?of ?memory|allocate|MemoryError|a primitive", repr(error)))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1633,13 +1628,15 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         stop(130, "interrupted; finished runs are in the folder of results")
     except (OSError, MemoryError, RuntimeError, ValueError) as error:
-        message = error_message(error, args)
-        is_out_of_memory = message.startswith("out of memory")
+        if args and is_out_of_memory(error):
+            stop(2, f"error: out of memory: try less than --cache-gib {args.cache_gib}")
         is_own_network = args is not None and args.network is not None
         # A plain RuntimeError is a fault of this program, unless it is the user's network that fails.
-        if type(error) is RuntimeError and not is_out_of_memory and not is_own_network:
+        if type(error) is RuntimeError and not is_own_network:
             raise
-        stop(2, f"error: {message}")
+        message = " ".join(str(error).split())
+        notes = getattr(error, "__notes__", [])  # they name the unit that was tuned
+        stop(2, ", ".join([f"error: {message}", *notes]))
 
 
 def stop(status: int, message: str) -> None:

@@ -743,7 +743,7 @@ def read_mat(content: bytes) -> dict[str, np.ndarray]:
     for kind, element in islice(_mat_elements(content[128:]), 2):
         if kind == MAT_COMPRESSED:
             unpacked = zlib.decompressobj().decompress(element, MAX_READ_BYTES)
-            _, element = next(_mat_elements(unpacked))
+            [(_, element)] = _mat_elements(unpacked)  # exactly one
         # An array consists of its flags, shape, name and values, each as (kind, bytes).
         parts = islice(_mat_elements(element), 4)
         _, (_, shape_bytes), (_, name_bytes), (value_kind, value_bytes) = parts
