@@ -334,7 +334,11 @@ def fine_tune(task: Task, units: int | str | Iterable, epochs: int | None = None
     if key not in task.results:
         try:
             # Dropout draws from the global random generators, so seed them and restore them later.
-            with torch.random.fork_rng(range(torch.cuda.device_count())), torch.enable_grad():
+            with (
+                torch.random.fork_rng(range(torch.cuda.device_count())),
+                torch.enable_grad(),
+                _no_autocast(task.net),
+            ):
                 torch.manual_seed(task.settings.seed)
                 task.results[key] = _train(task, unit_numbers, epochs)
         except Exception as error:
@@ -428,7 +432,11 @@ def _train_one_epoch(
         inputs = prepare_batch(net, x[indices], num_cached)
         if settings.augment is not None:
             inputs = settings.augment(inputs)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=settings.bfloat16):
+        # Within an autocast of the caller, PyTorch would keep its bfloat16 copies of the weights
+        # from step to step, so it must make none.
+        with torch.autocast(
+            x.device.type, torch.bfloat16, enabled=settings.bfloat16, cache_enabled=False
+        ):
             logits = net[num_cached:](inputs)  # (B, classes)
         if settings.bfloat16:
             logits = logits.float()
@@ -467,12 +475,12 @@ class Task:
     """What every algorithm is given: the source network N, D_train, D_val and the settings.
 
     Algorithms that get the same task share its frozen units, their cached outputs, and the networks
-    fine-tuned so far. A task is fixed: for other data or settings, make another one. Data that is
-    already on the device is not copied, so do not modify it while the task is in use.
+    fine-tuned so far. A task is fixed: for other data or settings, make another one. Do not modify
+    what is in it, nor a network that it returned: later algorithms take them as they were.
 
     Args:
         net: The source network, an nn.Sequential of units. It is copied.
-        train, val: (x, y) each; see the top of this file for shapes and dtypes.
+        train, val: (x, y) each; see the top of this file for shapes and dtypes. They are copied.
         settings: How to train.
         report: Called with a line of text after every validation, e.g. `print`.
 
@@ -498,6 +506,7 @@ class Task:
         report: Callable[[str], None] | None = None,
     ):
         check_units(net)
+        _check_shared_parameters(net)
         _check_data("train", train)
         _check_data("val", val)
         if train[0].dtype != val[0].dtype or train[0].shape[1:] != val[0].shape[1:]:
@@ -510,14 +519,15 @@ class Task:
         # In `self.net` each has its own copy, as for fine-tuning. `_check_outputs` compares both.
         whole_net = copy.deepcopy(net).to(device).eval().requires_grad_(False)
         self.net = _copy_units(whole_net, range(1, len(net) + 1))
-        self.train = (train[0].detach().to(device), train[1].to(device))
-        self.val = (val[0].detach().to(device), val[1].to(device))
+        self.train = tuple(tensor.detach().to(device, copy=True) for tensor in train)
+        self.val = tuple(tensor.detach().to(device, copy=True) for tensor in val)
         self.settings = settings
         self.report = report
         self.results: dict[tuple, Result] = {}
         two_images = torch.cat([self.train[0][:1], self.val[0][-1:]])
-        self._check_outputs(whole_net, two_images)
-        self._cacheable = self._find_cacheable(two_images)
+        with _no_autocast(self.net):
+            self._check_outputs(whole_net, two_images)
+            self._cacheable = self._find_cacheable(two_images)
         self._cache = {"train": (0, self.train[0]), "val": (0, self.val[0])}
         source_logits = run_units(self.net, self.val[0])
         if source_logits.isnan().any():
@@ -593,12 +603,13 @@ class Task:
         known.update({name: number for number, name in unit_names(self.net).items()})
         numbers = set()
         for unit in units:
-            if unit not in known:
+            try:
+                numbers.add(known[unit])
+            except (KeyError, TypeError):  # TypeError: a list, for example
                 trainable = [label(self.net, number) for number in candidates(self.net)]
                 raise ValueError(
                     f"there is no unit {unit!r}; units to tune: {', '.join(trainable)}"
-                )
-            numbers.add(known[unit])
+                ) from None
         if not numbers & set(candidates(self.net)):
             raise ValueError(f"units {units} have no parameters to tune")
         return tuple(sorted(numbers))
@@ -665,7 +676,13 @@ def run_units(
     # Batches of nearly equal size. A last batch of one image could lose its first dimension in a
     # unit that squeezes.
     batches = x.tensor_split(math.ceil(len(x) / EVAL_BATCH_SIZE))
-    return torch.cat([units(prepare_batch(net, batch, start)) for batch in batches])
+    with _no_autocast(net):
+        return torch.cat([units(prepare_batch(net, batch, start)) for batch in batches])
+
+
+def _no_autocast(net: nn.Module) -> torch.autocast:
+    """Context that makes results within an autocast of the caller the same as outside of it."""
+    return torch.autocast(next(net.parameters()).device.type, enabled=False)
 
 
 def prepare_batch(net: nn.Sequential, x: torch.Tensor, start: int = 0) -> torch.Tensor:
@@ -700,7 +717,7 @@ def in_top_k(logits: torch.Tensor, y: torch.Tensor, top_k: int = 1) -> torch.Ten
 
 
 def check_units(net: nn.Sequential) -> None:
-    """Raise ValueError unless `net` is a plain nn.Sequential whose units share no parameters."""
+    """Raise ValueError unless `net` is a plain nn.Sequential of units with float parameters."""
     if type(net) is not nn.Sequential:  # net[:] of a subclass would call its own __init__
         raise ValueError("the network must be a plain nn.Sequential whose children are the units")
     if net._parameters or net._buffers or net._forward_hooks or net._forward_pre_hooks:
@@ -711,14 +728,23 @@ def check_units(net: nn.Sequential) -> None:
         if weight.dtype not in (torch.float32, torch.float64):
             raise ValueError("the weights must be float32 or float64; for bfloat16 see Settings")
 
-    owner = {}  # unit number by address, not by parameter: two parameters may share their memory
+
+def _check_shared_parameters(net: nn.Sequential) -> None:
+    """Raise ValueError if units share parameters: in their copies, these would not be the same.
+
+    Also where a unit holds another one without registering it, in a list for example, and where two
+    parameters share their memory.
+    """
     for number, unit in enumerate(net, start=1):
-        for name, weight in unit.named_parameters():
-            if weight.numel() == 0:
-                continue  # has no address
-            other = owner.setdefault(weight.data_ptr(), number)
-            if other != number:
-                raise ValueError(f"units {other} and {number} share {name}: make them one unit")
+        held_ids = {}  # deepcopy adds the ids of all objects that it copies
+        copy.deepcopy(unit, held_ids)
+        addresses = {weight.data_ptr() for weight in unit.parameters() if weight.numel() > 0}
+        for other_number, other in enumerate(net, start=1):
+            for name, weight in other.named_parameters():
+                is_shared = id(weight) in held_ids or weight.data_ptr() in addresses
+                if is_shared and other_number != number:
+                    units = f"{number} and {other_number}"
+                    raise ValueError(f"units {units} share {name}: make them one unit")
 
 
 def _check_data(name: str, data: tuple) -> None:

@@ -649,6 +649,26 @@ def test_a_task_is_fixed(source, train, val):
             setattr(task, name, value)
 
 
+def test_a_task_keeps_its_data_when_the_callers_tensors_are_used_again(source, train, val):
+    tensors = [tensor.clone() for tensor in (*train, *val)]
+    task = Task(source, tensors[:2], tensors[2:], FAST)
+    for tensor in tensors:
+        tensor.zero_()
+    assert all(map(torch.equal, (*task.train, *task.val), (*train, *val)))
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_an_autocast_of_the_caller_changes_nothing(source, train, val, bfloat16):
+    settings = replace(FAST, bfloat16=bfloat16)
+    outside = flextune.fast_flex(Task(source, train, val, settings))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = flextune.fast_flex(Task(source, train, val, settings))
+    assert inside.proxies == outside.proxies
+    for unit, result in outside.tuned.items():
+        assert inside.tuned[unit].history == result.history
+        assert same_state(inside.tuned[unit].net, result.net)
+
+
 def test_a_task_can_be_sent_to_another_process(source, train, val):
     task = Task(source, train, val, FAST)
     sent = pickle.loads(pickle.dumps(task))
@@ -668,7 +688,7 @@ def test_units_have_names(train, val):
     assert lines[0].startswith("unit 3 layer4.0, 4 fc: epoch 2, validation 0.")
     assert flextune.label(task.net, "all") == "all"
     assert flextune.label(task.net, 3) == "3 layer4.0"
-    for unknown in ("layer5", "", [""], 5, 0):
+    for unknown in ("layer5", "", [""], 5, 0, [[4]]):
         with pytest.raises(ValueError, match="units to tune: 2, 3 layer4.0, 4 fc$"):
             flextune.fine_tune(task, unknown)
     for several in (torch.tensor([3, 4]), np.array([3, 4]), (3, 4)):
@@ -723,6 +743,13 @@ def with_tied_storage():
     return net
 
 
+def with_a_reference_to_another_unit():
+    """A unit holds another one in a list, where PyTorch does not see it: its copy would be untied."""
+    net = between_linear_units(Function(lambda unit, x: x @ unit.others[0].weight))
+    net[1].others = [net[0][1]]
+    return net
+
+
 def with_a_side_channel():
     """A unit gives a later one more than its output, by way of a dictionary that both have."""
 
@@ -748,6 +775,7 @@ def with_a_side_channel():
         ({"net": nn.Sequential(nn.Flatten())}, "no unit has parameters"),
         ({"net": with_tied_units()}, "units 2 and 4 share weight"),
         ({"net": with_tied_storage()}, "units 1 and 2 share weight"),
+        ({"net": with_a_reference_to_another_unit()}, "units 2 and 1 share 1.weight"),
         ({"net": between_linear_units().half()}, "must be float32 or float64; for bfloat16"),
         ({"net": nn.Sequential(nn.Conv2d(3, 4, 8))}, "must return logits [N, classes]"),
         ({"train": (X, Y[:7])}, "train: y must be int64 [8], not torch.int64 [7]"),
