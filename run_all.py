@@ -184,7 +184,7 @@ class Protocol:
     adapt_head: Callable[[nn.Sequential], nn.Sequential] | None = None  # to the target's classes
     required_files: tuple[str, ...] = ()  # names in shifts.DATASETS, besides the images
     skipped_methods: tuple[str, ...] = ()  # the paper does not run them with this network
-    source_code: bytes = b""  # of the user's own network
+    network_checksum: str = ""  # of the user's own network
 
     def schedule(self, ratio: int) -> Schedule:
         """The schedule of a ratio. Other ratios than the paper's have that of the next smaller one.
@@ -476,14 +476,19 @@ class Run:
     def path(self, method: str, out: Path) -> Path:
         """The file of a result: its identity, and a checksum of how networks are trained.
 
-        The checksum covers the tuning and the text of the --network file, but not images,
-        pretraining and this program.
+        The checksum covers the tuning, the network of --network and the files of the images, but
+        not pretraining and this program.
         """
+        image_checksums = []
+        if self.root:
+            for name in shifts.needs(self.scenario.source, self.scenario.target):
+                image_checksums.append(shifts.checksum(name, self.root))
         key = checksum(
             RESULT_FORMAT,
             result_settings(self.settings),
             self.protocol.schedule(self.scenario.ratio),  # check_every depends on it
-            self.protocol.source_code,
+            self.protocol.network_checksum,
+            *image_checksums,
         )[:8]
         identity = "_".join(str(value) for value in self.identity(method).values())
         return out / f"{identity}_{key}.json"
@@ -522,7 +527,7 @@ def checksum(*parts) -> str:
     for part in parts:
         text = str(part)
         if isinstance(part, torch.Tensor):
-            digest.update(part.contiguous().numpy())
+            digest.update(part.flatten().view(torch.uint8).numpy())  # NumPy has no bfloat16
             text = str(part.shape)
         digest.update(text.encode())
     return digest.hexdigest()
@@ -541,7 +546,7 @@ def make_runs(source: str, target: str, root: Path | None, args: argparse.Namesp
             build=args.network.build,
             load=None,
             required_files=(),
-            source_code=args.network.source_code,
+            network_checksum=args.network.checksum,
         )
 
     asked = args.methods or METHODS.keys() - protocol.skipped_methods
@@ -551,7 +556,7 @@ def make_runs(source: str, target: str, root: Path | None, args: argparse.Namesp
 
     # PACS can be tuned without the images of its source, ILSVRC, but they are needed for retrieval.
     has_source_images = (
-        data == "built-in" or source != "ilsvrc" or shifts.DATASETS["ilsvrc"].is_complete(root)
+        data == "built-in" or source != "ilsvrc" or shifts.is_complete("ilsvrc", root)
     )
     retrieval_methods = TABLE_4_METHODS if 4 in args.table and has_source_images else ()
     num_source_networks = args.source_networks if protocol.pretraining else 1
@@ -587,23 +592,22 @@ def make_runs(source: str, target: str, root: Path | None, args: argparse.Namesp
 def choose_data(pairs: list[tuple[str, str]], args: argparse.Namespace) -> list[str | None]:
     """The folder of the real data for each (source, target), or None for built-in images.
 
-    Downloads data for runs without a result. Without --data, built-in images take the place of data
-    that cannot be downloaded.
+    Downloads what is missing, even if all runs have results: these are found by their images, too.
+    Without --data, built-in images take the place of data that cannot be downloaded.
     """
     if args.data == "builtin":
         return [None] * len(pairs)
     folder = args.data or "data"
     folders = []
     for source, target in pairs:
-        runs = make_runs(source, target, Path(folder), args)
-        names = list(runs[0].protocol.required_files) + shifts.needs(source, target)
+        protocol = make_runs(source, target, Path(folder), args)[0].protocol
+        names = list(protocol.required_files) + shifts.needs(source, target)
         progress = Progress([1])
         # Not `begin`, which would print a line even if there is nothing to download.
         progress.title = "downloading the data"
         try:
-            if any(missing_methods(run, args) for run in runs):
-                shifts.provide(names, Path(folder), progress.report)
-                print_progress("")
+            shifts.provide(names, Path(folder), progress.report)
+            print_progress("")
             folders.append(folder)
         except shifts.MissingError as error:
             if args.data:
@@ -723,7 +727,7 @@ def source_network(run: Run, args: argparse.Namespace) -> nn.Sequential:
     key = checksum(
         result_settings(settings),
         protocol.pretraining_epochs,
-        protocol.source_code,
+        protocol.network_checksum,
         *net.state_dict().values(),
         *domain["source"],
         *domain["val"],
@@ -755,10 +759,13 @@ def run_methods(
     """Run the methods, and write each result to args.out as soon as it is known."""
     num_trainings = len(net) + 6  # of all methods together, roughly
 
-    def report(text: str) -> None:  # `task` is assigned below, before a training calls this
-        progress.report(text, part=len(task.results) / num_trainings)
+    # `report` refers to the results and not to the task, which refers to `report`: the memory of a
+    # cycle would only be freed some runs later.
+    def report(text: str) -> None:
+        progress.report(text, part=len(results) / num_trainings)
 
     task = run.task(net, domain, report)
+    results = task.results
 
     @cache  # several methods can return the same network
     def test_accuracy(tuned_net: nn.Sequential) -> float:
@@ -922,11 +929,14 @@ def print_progress(line: str) -> None:
     """Print a line to stderr. On a terminal it replaces the one before; "" only clears it."""
     if sys.stderr is None:  # it is closed
         return
-    if sys.stderr.isatty():
-        width = shutil.get_terminal_size().columns
-        print(f"\r{line[: width - 1]}\x1b[K", end="", file=sys.stderr, flush=True)
-    elif line:
-        print(line, file=sys.stderr, flush=True)
+    try:
+        if sys.stderr.isatty():
+            width = shutil.get_terminal_size().columns
+            print(f"\r{line[: width - 1]}\x1b[K", end="", file=sys.stderr, flush=True)
+        elif line:
+            print(line, file=sys.stderr, flush=True)
+    except OSError:  # its terminal, or the reader of its pipe, is gone: the run goes on
+        sys.stderr = None
 
 
 # Under torchrun, every rank runs this program. Rank 0 downloads while the others wait, and prints the
@@ -1430,18 +1440,48 @@ class OwnNetwork(NamedTuple):
 
     name: str
     build: Callable[[], nn.Sequential]
-    source_code: bytes
+    checksum: str
 
 
 def own_network(text: str) -> OwnNetwork:
     file, _, function = text.rpartition(":")
+    path = Path(file).resolve()
+    # As in `python FILE.py`, it can import the modules beside it, even those with names of ours.
+    sys.path.insert(0, str(path.parent))
+    for name in ("flextune", "models", "shifts"):
+        if path.with_name(f"{name}.py").exists():
+            sys.modules.pop(name, None)
     try:
         build = runpy.run_path(file)[function]
-        flextune.check_units(build())
-        return OwnNetwork(f"{Path(file).stem}.{function}", build, Path(file).read_bytes())
+        net = seeded(build, 0)
+        flextune.check_units(net)
     except Exception as error:  # the file may raise anything
         requirement = "must be FILE.py:FUNCTION, whose function returns an nn.Sequential of units"
         raise argparse.ArgumentTypeError(f"{requirement} ({error!r})") from error
+    name = f"{path.stem}.{function}"[:50]  # the names of result files must not become too long
+    return OwnNetwork(name, build, network_checksum(net, path))
+
+
+def network_checksum(net: nn.Sequential, path: Path) -> str:
+    """The MD5 of a network: its modules as text, its weights, and the code that it comes from.
+
+    This is the file `path`, and the modules in the same folder that have been imported.
+    """
+    codes = [path.read_bytes()]
+    for name, module in sorted(sys.modules.items()):
+        module_path = Path(getattr(module, "__file__", None) or "")
+        if module_path.parent == path.parent and name != __name__:
+            codes.append(module_path.read_bytes())
+    # Addresses in memory, which are part of how functions are printed, differ every time.
+    modules = re.sub(" at 0x[0-9a-f]+", "", str(net))
+    return checksum(*codes, modules, *net.state_dict().values())
+
+
+def output_path(text: str) -> Path:
+    """A path that is not empty. A shell does not expand the ~ of --out=~/results."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return Path(os.path.expanduser(text))
 
 
 def integer(text: str, minimum: int = 1) -> int:
@@ -1490,16 +1530,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                        help="function that returns another nn.Sequential of units")
 
     group = parser.add_argument_group("data and results")
-    group.add_argument("--data", metavar="DIR",
+    group.add_argument("--data", type=os.path.expanduser, metavar="DIR",
                        help="folder of real data, or 'builtin' for built-in images "
                             "(default: data/, and built-in images for what cannot be downloaded)")
-    group.add_argument("--out", type=Path, default=Path("results"), metavar="DIR",
+    group.add_argument("--out", type=output_path, default=Path("results"), metavar="DIR",
                        help="folder where results are written and looked up (default: results)")
     group.add_argument("--table", nargs="+", type=int, choices=TABLES, default=[],
                        help="tables of the paper to print (default: 3 without --target)")
-    group.add_argument("--figures", type=Path, metavar="DIR",
+    group.add_argument("--figures", type=output_path, metavar="DIR",
                        help="folder to draw the paper's figures in (needs matplotlib)")
-    group.add_argument("--save", type=Path, metavar="FILE",
+    group.add_argument("--save", type=output_path, metavar="FILE",
                        help="save the weights of flex's network, or, if flex is not run, the last "
                             "method's (trains even if there are results)")
     group.add_argument("--list", action="store_true",
@@ -1566,7 +1606,7 @@ def print_scenarios(pairs: list[tuple[str, str]], data: str | None) -> None:
             root = Path(data or "data")
             names = shifts.needs(source, target) + list(protocol.required_files)
             available = ", ".join(
-                f"{name} there" if shifts.DATASETS[name].is_complete(root) else f"{name} missing"
+                f"{name} there" if shifts.is_complete(name, root) else f"{name} missing"
                 for name in names
             )
         ratios = " ".join(str(ratio) for ratio in protocol.schedules)
@@ -1641,7 +1681,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def stop(status: int, message: str) -> None:
     print_progress("")
-    print(f"run_all.py: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(f"run_all.py: {message}", file=sys.stderr)
     # Write what was printed so far. If that is impossible, drop it: else the interpreter would try
     # again at its end, and exit with another status.
     try:

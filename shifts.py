@@ -76,7 +76,7 @@ def provide(names: list[str], root: Path, report: Report = lambda text: None) ->
     if any(name in ("bsds500", "ilsvrc", *PACS) for name in names):
         _pillow()  # if it is missing, say so before anything is downloaded
     for name in names:
-        if not DATASETS[name].is_complete(root):
+        if not is_complete(name, root):
             DATASETS[name].download(root, report)
 
 
@@ -438,8 +438,8 @@ class Files:
     files: dict[str, str | None]  # path in the folder of the data: MD5, where one is known
     num_bytes: int | None = None  # how many bytes of each file are needed; None: all
 
-    def is_complete(self, root: Path) -> bool:
-        return all(_unzipped(root / file).exists() for file in self.files)
+    def paths(self, root: Path) -> list[Path]:
+        return [_unzipped(root / file) for file in self.files]
 
     def download(self, root: Path, report: Report) -> None:
         """Raises MissingError."""
@@ -464,8 +464,8 @@ class Archive:
     folder: str
     num_files: int
 
-    def is_complete(self, root: Path) -> bool:
-        return (root / self.folder).exists()
+    def paths(self, root: Path) -> list[Path]:
+        return [root / self.folder]
 
     def download(self, root: Path, report: Report) -> None:
         """Raises MissingError."""
@@ -473,8 +473,8 @@ class Archive:
         path = root / f"{token_hex(4)}-{PurePosixPath(self.url).name}"
         fetch(self.url, path, self.md5, report, path_in_message=root / self.folder)
         try:
-            for other in DATASETS.values():
-                if other.url == self.url and not other.is_complete(root):
+            for name, other in DATASETS.items():
+                if other.url == self.url and not is_complete(name, root):
                     _unpack(path, other, root / other.folder)
         finally:
             path.unlink()
@@ -547,6 +547,26 @@ DATASETS = {
     "cartoon": _pacs_archive("cartoon"),
     "sketch": _pacs_archive("sketch"),
 }
+
+
+def is_complete(name: str, root: Path) -> bool:
+    """Whether all files of a data set are there."""
+    return all(path.exists() for path in DATASETS[name].paths(root))
+
+
+@cache
+def checksum(name: str, root: Path) -> str:
+    """The MD5 of a data set: of the names and contents of all files but hidden ones."""
+    md5 = partial(hashlib.md5, usedforsecurity=False)
+    names_and_digests = md5()
+    for path in DATASETS[name].paths(root):
+        file_paths = sorted(path.rglob("[!.]*")) if path.is_dir() else [path]
+        for file_path in file_paths:
+            if file_path.is_file():
+                with open(file_path, "rb") as file:
+                    digest = hashlib.file_digest(file, md5).hexdigest()
+                names_and_digests.update(f"{file_path.relative_to(root)} {digest}\n".encode())
+    return names_and_digests.hexdigest()
 
 
 def _unzipped(path: Path) -> Path:

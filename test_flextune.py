@@ -8,6 +8,7 @@ agree beyond that are computed in float64, where rounding decides nothing.
 import colorsys
 import contextlib
 import copy
+import gc
 import gzip
 import hashlib
 import http.server
@@ -28,6 +29,7 @@ import tarfile
 import threading
 import time
 import types
+import weakref
 import zipfile
 import zlib
 from collections import OrderedDict
@@ -1640,7 +1642,7 @@ def test_without_pillow_nothing_is_downloaded(tmp_path, monkeypatch):
 
 
 def test_the_4_layer_network_learns_the_built_in_digits_and_every_shift_hurts(monkeypatch):
-    sizes = {"source": 2000, "pool": 10, "val": 10, "test": 500}
+    sizes = {"source": 1200, "pool": 10, "val": 10, "test": 500}
     digits = {split: shifts.draw_digits(n, generator(n)) for split, n in sizes.items()}
     house_numbers = {
         split: shifts.draw_house_numbers(n, generator(n)) for split, n in sizes.items()
@@ -2381,6 +2383,42 @@ def test_progress_is_rewritten_on_a_terminal(monkeypatch, capsys):
     assert "\n" not in written
 
 
+def test_a_run_goes_on_where_nobody_reads_its_progress(quick, monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    quick(f"{ONE} --methods source")
+    assert len(results()) == 1
+
+
+def test_the_task_of_a_run_is_freed_at_its_end(quick, monkeypatch):
+    tasks = []
+
+    class Noted(Task):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            tasks.append(weakref.ref(self))
+
+    quick(f"{ONE} --methods source")  # PyTorch's first optimizer keeps the frames that it is made in
+    monkeypatch.setattr(run_all, "Task", Noted)
+    gc.disable()  # it would free the tasks some time later
+    try:
+        quick(f"{ONE} --runs 2 --methods ft-fc-1")
+        alive = [task() for task in tasks]
+    finally:
+        gc.enable()
+    assert alive == [None, None]
+
+
+def test_the_home_folder_is_known_where_no_shell_expands_it(quick, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    quick(f"{ONE} --methods source --out=~/out --save=~/net.pt")
+    assert {path.name for path in tmp_path.iterdir()} == {"home"}
+    assert {path.name for path in Path("home").iterdir()} == {"out", "net.pt"}
+
+
 def test_without_data_and_network_the_built_in_digits_are_announced(quick, capsys):
     quick("--source mnist --target blurry --ratio 30 --runs 1 --methods source")
     out = capsys.readouterr().out
@@ -2419,6 +2457,7 @@ def test_list_shows_every_scenario_and_its_data(quick, capsys, mnist):
         ("--source mnist --target blurry --ratio 3 --data there", "there is no folder 'there'"),
         ("--source mnist --target blurry --ratio 3 --data .", "train-images-idx3-ubyte.gz is miss"),
         (f"{ONE} --out /dev/null/x", "/dev/null"),
+        (f"{ONE} --out=", "argument --out: must not be empty"),
         (f"{ONE} --runs 2 --save net.pt", "--save: name a file, and one --target"),
         (f"{ONE} --methods ft-all --table 3 1", "--table 1 need flex among the --methods"),
         (f"{ONE} --methods ft-all --figures there", "--table 1 need flex among the --methods"),
@@ -2463,6 +2502,45 @@ def test_another_network(quick, capsys, mnist):
     Path("net.py").write_text(NETWORKS.replace("ReLU", "Tanh"))  # is another network
     quick(f"{command} --network net.py:build --methods source")
     assert len(results()) == 9 and len([*Path("results").glob("*.pt")]) == 2
+
+
+BESIDE = """
+from pathlib import Path
+from torch import nn
+
+def build():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    nn.init.constant_(net[1].weight, float(Path("weight.txt").read_text()))
+    return net
+"""
+
+
+def test_a_result_belongs_to_the_network_that_the_function_returns_and_to_the_images(
+    quick, mnist, monkeypatch
+):
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.setitem(sys.modules, "models", models)  # restored after the test
+    file = "long" * 50 + ".py"
+    Path(file).write_text("from models import build")  # the module beside it, not ours
+    Path("models.py").write_text(BESIDE)
+    Path("weight.txt").write_text("0")
+
+    def num_results(data):
+        command = "--source mnist --target blurry --ratio 30 --runs 1 --methods source"
+        quick(f"{command} --network {file}:build --data {data}")
+        return len(results())
+
+    assert num_results(mnist) == 1
+    shutil.copytree("mnist", "moved/mnist")
+    assert num_results("moved") == 1
+    Path("weight.txt").write_text("1")
+    assert num_results(mnist) == 2
+    Path("models.py").write_text(BESIDE + "# another text")
+    assert num_results(mnist) == 3
+    shutil.copytree("mnist", "changed/mnist")
+    labels_path = Path("changed/mnist/t10k-labels-idx1-ubyte")
+    labels_path.write_bytes(labels_path.read_bytes()[:-1] + b"\0")
+    assert num_results("changed") == 4
 
 
 MEMORY = "error: out of memory: try less than --cache-gib 2"
