@@ -432,11 +432,7 @@ def _train_one_epoch(
         inputs = prepare_batch(net, x[indices], num_cached)
         if settings.augment is not None:
             inputs = settings.augment(inputs)
-        # Within an autocast of the caller, PyTorch would keep its bfloat16 copies of the weights
-        # from step to step, so it must make none.
-        with torch.autocast(
-            x.device.type, torch.bfloat16, enabled=settings.bfloat16, cache_enabled=False
-        ):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=settings.bfloat16):
             logits = net[num_cached:](inputs)  # (B, classes)
         if settings.bfloat16:
             logits = logits.float()
@@ -476,7 +472,7 @@ class Task:
 
     Algorithms that get the same task share its frozen units, their cached outputs, and the networks
     fine-tuned so far. A task is fixed: for other data or settings, make another one. Do not modify
-    what is in it, nor a network that it returned: later algorithms take them as they were.
+    its attributes or a returned network: later algorithms rely on both being unchanged.
 
     Args:
         net: The source network, an nn.Sequential of units. It is copied.
@@ -506,7 +502,6 @@ class Task:
         report: Callable[[str], None] | None = None,
     ):
         check_units(net)
-        _check_shared_parameters(net)
         _check_data("train", train)
         _check_data("val", val)
         if train[0].dtype != val[0].dtype or train[0].shape[1:] != val[0].shape[1:]:
@@ -545,6 +540,7 @@ class Task:
         """Refuse networks for which copying, caching or batching would change the result.
 
         `whole_net` is a copy of the given network; in `self.net` each unit is copied by itself.
+        The weights of `whole_net` are changed.
         """
         logits = self.net(prepare_batch(self.net, two_images))
         if not torch.is_tensor(logits) or logits.dim() != 2 or len(logits) != 2:
@@ -560,18 +556,24 @@ class Task:
         if self.settings.top_k > num_classes:
             raise ValueError(f"top_k is {self.settings.top_k}, but there are {num_classes} classes")
 
-        of_whole_net = whole_net(prepare_batch(self.net, two_images))
-        of_one_image = self.net(prepare_batch(self.net, two_images[:1]))
-        tolerance = 1e-3 * logits.abs().max().item() + 1e-6
-        if (of_whole_net - logits).abs().max() > tolerance:
+        if _differ(whole_net(prepare_batch(self.net, two_images)), logits):
             raise ValueError(
                 "units cannot be frozen: the network is random in evaluation mode, or its units "
                 "exchange data other than through their inputs and outputs"
             )
-        if (of_one_image - logits[:1]).abs().max() > tolerance:
+        if _differ(self.net(prepare_batch(self.net, two_images[:1])), logits[:1]):
             raise ValueError(
                 "units cannot be frozen: the output for an image depends on the others in its batch"
             )
+
+        # A unit may use parameters of another one that PyTorch does not know of, because they are in
+        # a list, for example. Its copy would not notice when these are trained.
+        copied_units = _copy_units(self.net, range(1, len(self.net) + 1))
+        for weight in (*whole_net.parameters(), *copied_units.parameters()):
+            weight.mul_(1 + torch.cos(1000 * weight) / 2)  # by factors from 0.5 to 1.5
+        of_copied_units = copied_units(prepare_batch(self.net, two_images))
+        if _differ(whole_net(prepare_batch(self.net, two_images)), of_copied_units):
+            raise ValueError("some units share parameters: make them one unit")
 
     def _find_cacheable(self, two_images: torch.Tensor) -> list[int]:
         """Every n for which the output of the lowest n units may be cached; 0 means the images.
@@ -681,8 +683,13 @@ def run_units(
 
 
 def _no_autocast(net: nn.Module) -> torch.autocast:
-    """Context that makes results within an autocast of the caller the same as outside of it."""
-    return torch.autocast(next(net.parameters()).device.type, enabled=False)
+    """Context in which an autocast of the caller has no effect.
+
+    Without `cache_enabled=False`, PyTorch would keep the casts of weights until the outermost
+    autocast ends, and so use those of the first step in all later ones.
+    """
+    device_type = next(net.parameters()).device.type
+    return torch.autocast(device_type, enabled=False, cache_enabled=False)
 
 
 def prepare_batch(net: nn.Sequential, x: torch.Tensor, start: int = 0) -> torch.Tensor:
@@ -717,7 +724,7 @@ def in_top_k(logits: torch.Tensor, y: torch.Tensor, top_k: int = 1) -> torch.Ten
 
 
 def check_units(net: nn.Sequential) -> None:
-    """Raise ValueError unless `net` is a plain nn.Sequential of units with float parameters."""
+    """Raise ValueError unless `net` is a plain nn.Sequential whose units share no parameters."""
     if type(net) is not nn.Sequential:  # net[:] of a subclass would call its own __init__
         raise ValueError("the network must be a plain nn.Sequential whose children are the units")
     if net._parameters or net._buffers or net._forward_hooks or net._forward_pre_hooks:
@@ -728,23 +735,20 @@ def check_units(net: nn.Sequential) -> None:
         if weight.dtype not in (torch.float32, torch.float64):
             raise ValueError("the weights must be float32 or float64; for bfloat16 see Settings")
 
-
-def _check_shared_parameters(net: nn.Sequential) -> None:
-    """Raise ValueError if units share parameters: in their copies, these would not be the same.
-
-    Also where a unit holds another one without registering it, in a list for example, and where two
-    parameters share their memory.
-    """
+    owner = {}  # unit number by address, not by parameter: two parameters may share their memory
     for number, unit in enumerate(net, start=1):
-        held_ids = {}  # deepcopy adds the ids of all objects that it copies
-        copy.deepcopy(unit, held_ids)
-        addresses = {weight.data_ptr() for weight in unit.parameters() if weight.numel() > 0}
-        for other_number, other in enumerate(net, start=1):
-            for name, weight in other.named_parameters():
-                is_shared = id(weight) in held_ids or weight.data_ptr() in addresses
-                if is_shared and other_number != number:
-                    units = f"{number} and {other_number}"
-                    raise ValueError(f"units {units} share {name}: make them one unit")
+        for name, weight in unit.named_parameters():
+            if weight.numel() == 0:
+                continue  # has no address
+            other = owner.setdefault(weight.data_ptr(), number)
+            if other != number:
+                raise ValueError(f"units {other} and {number} share {name}: make them one unit")
+
+
+def _differ(logits: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether logits differ by more than rounding."""
+    tolerance = 1e-3 * expected.abs().max().item() + 1e-6
+    return (logits - expected).abs().max().item() > tolerance
 
 
 def _check_data(name: str, data: tuple) -> None:

@@ -527,7 +527,8 @@ def checksum(*parts) -> str:
     for part in parts:
         text = str(part)
         if isinstance(part, torch.Tensor):
-            digest.update(part.flatten().view(torch.uint8).numpy())  # NumPy has no bfloat16
+            data = part.contiguous().flatten().view(torch.uint8)  # NumPy has no bfloat16
+            digest.update(data.numpy())
             text = str(part.shape)
         digest.update(text.encode())
     return digest.hexdigest()
@@ -744,7 +745,8 @@ def source_network(run: Run, args: argparse.Namespace) -> nn.Sequential:
         state_dict = trained.state_dict()
     net.load_state_dict(state_dict)
     accuracy = flextune.accuracy(net, domain["test"], settings.top_k)
-    print(f"{source}: {protocol.network} network, {accuracy:.3f} on its own test images")
+    with contextlib.suppress(OSError):  # where nobody reads it, the run goes on
+        print(f"{source}: {protocol.network} network, {accuracy:.3f} on its own test images")
     return net
 
 
@@ -1445,43 +1447,51 @@ class OwnNetwork(NamedTuple):
 
 def own_network(text: str) -> OwnNetwork:
     file, _, function = text.rpartition(":")
-    path = Path(file).resolve()
-    # As in `python FILE.py`, it can import the modules beside it, even those with names of ours.
+    path = Path(os.path.expanduser(file)).resolve()
+    # As in `python FILE.py`, it can import the modules beside it, even if they are named like ours.
     sys.path.insert(0, str(path.parent))
-    for name in ("flextune", "models", "shifts"):
-        if path.with_name(f"{name}.py").exists():
-            sys.modules.pop(name, None)
+    our_modules = {name: sys.modules.pop(name) for name in ("flextune", "models", "shifts")}
+    loaded = set(sys.modules)
     try:
-        build = runpy.run_path(file)[function]
+        build = seeded(partial(runpy.run_path, str(path)), 0)[function]
         net = seeded(build, 0)
         flextune.check_units(net)
+        imported = [sys.modules[name] for name in sorted(sys.modules.keys() - loaded)]
+        name = f"{path.stem}.{function}"[:50]  # the names of result files must not become too long
+        return OwnNetwork(name, build, network_checksum(net, path, imported))
     except Exception as error:  # the file may raise anything
         requirement = "must be FILE.py:FUNCTION, whose function returns an nn.Sequential of units"
         raise argparse.ArgumentTypeError(f"{requirement} ({error!r})") from error
-    name = f"{path.stem}.{function}"[:50]  # the names of result files must not become too long
-    return OwnNetwork(name, build, network_checksum(net, path))
+    finally:
+        sys.modules.update(our_modules)
 
 
-def network_checksum(net: nn.Sequential, path: Path) -> str:
-    """The MD5 of a network: its modules as text, its weights, and the code that it comes from.
+def network_checksum(net: nn.Sequential, path: Path, imported: list) -> str:
+    """The MD5 of a network: of its modules as text, its weights, and its code.
 
-    This is the file `path`, and the modules in the same folder that have been imported.
+    The code is the file `path`, and those of the imported modules that are in its folder or below.
     """
     codes = [path.read_bytes()]
-    for name, module in sorted(sys.modules.items()):
+    for module in imported:
         module_path = Path(getattr(module, "__file__", None) or "")
-        if module_path.parent == path.parent and name != __name__:
+        is_installed = "site-packages" in module_path.parts
+        if path.parent in module_path.parents and not is_installed:
             codes.append(module_path.read_bytes())
+
+    modules = [str(net)]
+    for module in net.modules():  # not all of their attributes are in str(net)
+        modules.append(str({name: vars(module)[name] for name in vars(module) if name[0] != "_"}))
     # Addresses in memory, which are part of how functions are printed, differ every time.
-    modules = re.sub(" at 0x[0-9a-f]+", "", str(net))
-    return checksum(*codes, modules, *net.state_dict().values())
+    text = re.sub(" at 0x[0-9a-f]+", "", "\n".join(modules))
+    return checksum(*codes, text, *net.state_dict().values())
 
 
 def output_path(text: str) -> Path:
-    """A path that is not empty. A shell does not expand the ~ of --out=~/results."""
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty")
-    return Path(os.path.expanduser(text))
+    """A path. Its ~ is the home folder, which no shell inserts in --out=~/results."""
+    path = os.path.expanduser(text)
+    if not text or path.startswith("~"):
+        raise argparse.ArgumentTypeError(f"must be a path, not {text!r}")
+    return Path(path)
 
 
 def integer(text: str, minimum: int = 1) -> int:
@@ -1681,10 +1691,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def stop(status: int, message: str) -> None:
     print_progress("")
-    with contextlib.suppress(OSError):
+    # Write this, and what was printed so far. If that is impossible, drop it: else the interpreter
+    # would try again at its end, and exit with another status.
+    try:
         print(f"run_all.py: {message}", file=sys.stderr)
-    # Write what was printed so far. If that is impossible, drop it: else the interpreter would try
-    # again at its end, and exit with another status.
+    except OSError:
+        sys.stderr = None
     try:
         print(end="", flush=True)
     except OSError:

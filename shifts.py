@@ -560,8 +560,9 @@ def checksum(name: str, root: Path) -> str:
     md5 = partial(hashlib.md5, usedforsecurity=False)
     names_and_digests = md5()
     for path in DATASETS[name].paths(root):
-        file_paths = sorted(path.rglob("[!.]*")) if path.is_dir() else [path]
-        for file_path in file_paths:
+        # In a folder there are files, or folders of files.
+        file_paths = [path, *path.glob("[!.]*"), *path.glob("[!.]*/[!.]*")]
+        for file_path in sorted(file_paths):
             if file_path.is_file():
                 with open(file_path, "rb") as file:
                     digest = hashlib.file_digest(file, md5).hexdigest()

@@ -476,7 +476,7 @@ def test_frozen_units_run_once_on_each_image(source, train, val):
         num_seen.clear()
         return run(), sum(num_seen)
 
-    num_tried = 10  # images on which a network is tried when a task is made
+    num_tried = 14  # images on which a network is tried when a task is made
     once = 33 + 100 + num_tried
     cached, num_images = count(lambda: tune(net, 5, train, val))
     assert cached.epochs > 2
@@ -671,6 +671,17 @@ def test_an_autocast_of_the_caller_changes_nothing(source, train, val, bfloat16)
         assert same_state(inside.tuned[unit].net, result.net)
 
 
+def test_a_unit_with_an_autocast_of_its_own_is_validated_with_its_present_weights(train, val):
+    class InAutocast(nn.Linear):
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x).float()
+
+    net = between_linear_units(InAutocast(192, 192))
+    result = tune(net, 2, train, val)
+    assert result.accuracy == flextune.accuracy(result.net, val)
+
+
 def test_a_task_can_be_sent_to_another_process(source, train, val):
     task = Task(source, train, val, FAST)
     sent = pickle.loads(pickle.dumps(task))
@@ -745,10 +756,10 @@ def with_tied_storage():
     return net
 
 
-def with_a_reference_to_another_unit():
-    """A unit holds another one in a list, where PyTorch does not see it: its copy would be untied."""
-    net = between_linear_units(Function(lambda unit, x: x @ unit.others[0].weight))
-    net[1].others = [net[0][1]]
+def with_an_unregistered_weight():
+    """The second unit uses a weight of the first, and PyTorch does not know of it."""
+    net = between_linear_units(Function(lambda unit, x: x @ unit.weights[0]))
+    net[1].weights = [net[0][1].weight]
     return net
 
 
@@ -777,7 +788,7 @@ def with_a_side_channel():
         ({"net": nn.Sequential(nn.Flatten())}, "no unit has parameters"),
         ({"net": with_tied_units()}, "units 2 and 4 share weight"),
         ({"net": with_tied_storage()}, "units 1 and 2 share weight"),
-        ({"net": with_a_reference_to_another_unit()}, "units 2 and 1 share 1.weight"),
+        ({"net": with_an_unregistered_weight()}, "some units share parameters: make them one unit"),
         ({"net": between_linear_units().half()}, "must be float32 or float64; for bfloat16"),
         ({"net": nn.Sequential(nn.Conv2d(3, 4, 8))}, "must return logits [N, classes]"),
         ({"train": (X, Y[:7])}, "train: y must be int64 [8], not torch.int64 [7]"),
@@ -2401,7 +2412,8 @@ def test_the_task_of_a_run_is_freed_at_its_end(quick, monkeypatch):
             super().__init__(*arguments)
             tasks.append(weakref.ref(self))
 
-    quick(f"{ONE} --methods source")  # PyTorch's first optimizer keeps the frames that it is made in
+    # PyTorch's first optimizer keeps the frames in which it was made.
+    quick(f"{ONE} --methods source")
     monkeypatch.setattr(run_all, "Task", Noted)
     gc.disable()  # it would free the tasks some time later
     try:
@@ -2457,7 +2469,7 @@ def test_list_shows_every_scenario_and_its_data(quick, capsys, mnist):
         ("--source mnist --target blurry --ratio 3 --data there", "there is no folder 'there'"),
         ("--source mnist --target blurry --ratio 3 --data .", "train-images-idx3-ubyte.gz is miss"),
         (f"{ONE} --out /dev/null/x", "/dev/null"),
-        (f"{ONE} --out=", "argument --out: must not be empty"),
+        (f"{ONE} --out=", "argument --out: must be a path, not ''"),
         (f"{ONE} --runs 2 --save net.pt", "--save: name a file, and one --target"),
         (f"{ONE} --methods ft-all --table 3 1", "--table 1 need flex among the --methods"),
         (f"{ONE} --methods ft-all --figures there", "--table 1 need flex among the --methods"),
@@ -2511,6 +2523,7 @@ from torch import nn
 def build():
     net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
     nn.init.constant_(net[1].weight, float(Path("weight.txt").read_text()))
+    net[1].attribute = Path("attribute.txt").read_text()  # not printed by print(net)
     return net
 """
 
@@ -2519,11 +2532,12 @@ def test_a_result_belongs_to_the_network_that_the_function_returns_and_to_the_im
     quick, mnist, monkeypatch
 ):
     monkeypatch.setattr(sys, "path", sys.path.copy())
-    monkeypatch.setitem(sys.modules, "models", models)  # restored after the test
     file = "long" * 50 + ".py"
-    Path(file).write_text("from models import build")  # the module beside it, not ours
-    Path("models.py").write_text(BESIDE)
+    Path(file).write_text("from models import build")  # the package beside it, not our module
+    Path("models").mkdir()
+    Path("models/__init__.py").write_text(BESIDE)
     Path("weight.txt").write_text("0")
+    Path("attribute.txt").write_text("0")
 
     def num_results(data):
         command = "--source mnist --target blurry --ratio 30 --runs 1 --methods source"
@@ -2535,12 +2549,14 @@ def test_a_result_belongs_to_the_network_that_the_function_returns_and_to_the_im
     assert num_results("moved") == 1
     Path("weight.txt").write_text("1")
     assert num_results(mnist) == 2
-    Path("models.py").write_text(BESIDE + "# another text")
+    Path("attribute.txt").write_text("1")
     assert num_results(mnist) == 3
+    Path("models/__init__.py").write_text(BESIDE + "# another text")
+    assert num_results(mnist) == 4
     shutil.copytree("mnist", "changed/mnist")
     labels_path = Path("changed/mnist/t10k-labels-idx1-ubyte")
     labels_path.write_bytes(labels_path.read_bytes()[:-1] + b"\0")
-    assert num_results("changed") == 4
+    assert num_results("changed") == 5
 
 
 MEMORY = "error: out of memory: try less than --cache-gib 2"
