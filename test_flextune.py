@@ -476,7 +476,7 @@ def test_frozen_units_run_once_on_each_image(source, train, val):
         num_seen.clear()
         return run(), sum(num_seen)
 
-    num_tried = 14  # images on which a network is tried when a task is made
+    num_tried = 12  # images on which a network is tried when a task is made
     once = 33 + 100 + num_tried
     cached, num_images = count(lambda: tune(net, 5, train, val))
     assert cached.epochs > 2
