@@ -566,8 +566,8 @@ class Task:
                 "units cannot be frozen: the output for an image depends on the others in its batch"
             )
 
-        # A unit may use parameters of another one that PyTorch does not know of, because they are in
-        # a list, for example. Its copy would not notice when these are trained.
+        # A unit may use parameters of another one without registering them, in a list for example.
+        # Its copy would keep their old values when the other unit is trained.
         copied_units = _copy_units(self.net, range(1, len(self.net) + 1))
         for weight in (*whole_net.parameters(), *copied_units.parameters()):
             weight.mul_(1 + torch.cos(1000 * weight) / 2)  # by factors from 0.5 to 1.5

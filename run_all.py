@@ -33,6 +33,7 @@ from datetime import timedelta
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
+from pprint import pformat
 from secrets import token_hex
 from typing import NamedTuple
 
@@ -525,12 +526,11 @@ def checksum(*parts) -> str:
     """The MD5 of tensors, and of other values as text."""
     digest = hashlib.md5(usedforsecurity=False)
     for part in parts:
-        text = str(part)
         if isinstance(part, torch.Tensor):
-            data = part.contiguous().flatten().view(torch.uint8)  # NumPy has no bfloat16
-            digest.update(data.numpy())
-            text = str(part.shape)
-        digest.update(text.encode())
+            data = part.detach().contiguous().flatten()
+            digest.update(data.view(torch.uint8).numpy())  # NumPy has no bfloat16
+            part = part.shape
+        digest.update(str(part).encode())
     return digest.hexdigest()
 
 
@@ -761,8 +761,8 @@ def run_methods(
     """Run the methods, and write each result to args.out as soon as it is known."""
     num_trainings = len(net) + 6  # of all methods together, roughly
 
-    # `report` refers to the results and not to the task, which refers to `report`: the memory of a
-    # cycle would only be freed some runs later.
+    # `report` uses `results`, not `task`, which refers to `report`: in a cycle, the memory of the task
+    # would be kept until Python's garbage collector runs.
     def report(text: str) -> None:
         progress.report(text, part=len(results) / num_trainings)
 
@@ -1450,7 +1450,8 @@ def own_network(text: str) -> OwnNetwork:
     path = Path(os.path.expanduser(file)).resolve()
     # As in `python FILE.py`, it can import the modules beside it, even if they are named like ours.
     sys.path.insert(0, str(path.parent))
-    our_modules = {name: sys.modules.pop(name) for name in ("flextune", "models", "shifts")}
+    for name in ("flextune", "models", "shifts"):
+        sys.modules.pop(name, None)
     loaded = set(sys.modules)
     try:
         build = seeded(partial(runpy.run_path, str(path)), 0)[function]
@@ -1461,13 +1462,12 @@ def own_network(text: str) -> OwnNetwork:
         return OwnNetwork(name, build, network_checksum(net, path, imported))
     except Exception as error:  # the file may raise anything
         requirement = "must be FILE.py:FUNCTION, whose function returns an nn.Sequential of units"
-        raise argparse.ArgumentTypeError(f"{requirement} ({error!r})") from error
-    finally:
-        sys.modules.update(our_modules)
+        reason = f"{type(error).__name__}: {error}"
+        raise argparse.ArgumentTypeError(f"{requirement} ({reason})") from error
 
 
 def network_checksum(net: nn.Sequential, path: Path, imported: list) -> str:
-    """The MD5 of a network: of its modules as text, its weights, and its code.
+    """The MD5 of a network: of its code, its modules with their attributes, and its weights.
 
     The code is the file `path`, and those of the imported modules that are in its folder or below.
     """
@@ -1478,12 +1478,14 @@ def network_checksum(net: nn.Sequential, path: Path, imported: list) -> str:
         if path.parent in module_path.parents and not is_installed:
             codes.append(module_path.read_bytes())
 
-    modules = [str(net)]
-    for module in net.modules():  # not all of their attributes are in str(net)
-        modules.append(str({name: vars(module)[name] for name in vars(module) if name[0] != "_"}))
-    # Addresses in memory, which are part of how functions are printed, differ every time.
-    text = re.sub(" at 0x[0-9a-f]+", "", "\n".join(modules))
-    return checksum(*codes, text, *net.state_dict().values())
+    text = str(net)
+    for module in net.modules():
+        for name, value in vars(module).items():
+            if not name.startswith("_"):
+                text += f"\n{name}: {pformat(value)}"  # which sorts sets
+    # Addresses in memory, which are in the text of functions, are others in every process.
+    text = re.sub(" at 0x[0-9a-f]+", "", text)
+    return checksum(*codes, text, *net.parameters(), *net.buffers())
 
 
 def output_path(text: str) -> Path:

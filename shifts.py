@@ -566,7 +566,8 @@ def checksum(name: str, root: Path) -> str:
             if file_path.is_file():
                 with open(file_path, "rb") as file:
                     digest = hashlib.file_digest(file, md5).hexdigest()
-                names_and_digests.update(f"{file_path.relative_to(root)} {digest}\n".encode())
+                line = f"{file_path.relative_to(root)} {digest}\n"
+                names_and_digests.update(line.encode(errors="surrogateescape"))
     return names_and_digests.hexdigest()
 
 

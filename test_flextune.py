@@ -1855,6 +1855,10 @@ def quick(monkeypatch, tmp_path):
     """Runs the command line in an empty folder, with short trainings and few images."""
     make_quick(monkeypatch)
     monkeypatch.chdir(tmp_path)
+    # What --network changes is restored after the test.
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    for module in (flextune, models, shifts):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     return lambda command: run_all.main(f"--device cpu {command}".split())
 
 
@@ -2518,20 +2522,20 @@ def test_another_network(quick, capsys, mnist):
 
 BESIDE = """
 from pathlib import Path
+import torch
 from torch import nn
 
 def build():
     net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
     nn.init.constant_(net[1].weight, float(Path("weight.txt").read_text()))
     net[1].attribute = Path("attribute.txt").read_text()  # not printed by print(net)
+    net[1].unordered = set("abcd")
+    net[1].register_buffer("strided", torch.arange(4)[::2].bfloat16(), persistent=False)
     return net
 """
 
 
-def test_a_result_belongs_to_the_network_that_the_function_returns_and_to_the_images(
-    quick, mnist, monkeypatch
-):
-    monkeypatch.setattr(sys, "path", sys.path.copy())
+def test_a_result_belongs_to_the_network_that_the_function_returns_and_to_the_images(quick, mnist):
     file = "long" * 50 + ".py"
     Path(file).write_text("from models import build")  # the package beside it, not our module
     Path("models").mkdir()
