@@ -33,7 +33,6 @@ from datetime import timedelta
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from pprint import pformat
 from secrets import token_hex
 from typing import NamedTuple
 
@@ -1478,12 +1477,14 @@ def network_checksum(net: nn.Sequential, path: Path, imported: list) -> str:
         if path.parent in module_path.parents and not is_installed:
             codes.append(module_path.read_bytes())
 
+    # The order of sets, and addresses in memory (of functions, say), differ between processes.
     text = str(net)
     for module in net.modules():
         for name, value in vars(module).items():
+            if isinstance(value, set | frozenset):
+                value = sorted(value, key=str)
             if not name.startswith("_"):
-                text += f"\n{name}: {pformat(value)}"  # which sorts sets
-    # Addresses in memory, which are in the text of functions, are others in every process.
+                text += f"\n{name}: {value}"
     text = re.sub(" at 0x[0-9a-f]+", "", text)
     return checksum(*codes, text, *net.parameters(), *net.buffers())
 

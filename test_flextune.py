@@ -2529,7 +2529,6 @@ def build():
     net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
     nn.init.constant_(net[1].weight, float(Path("weight.txt").read_text()))
     net[1].attribute = Path("attribute.txt").read_text()  # not printed by print(net)
-    net[1].unordered = set("abcd")
     net[1].register_buffer("strided", torch.arange(4)[::2].bfloat16(), persistent=False)
     return net
 """
