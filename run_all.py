@@ -369,8 +369,8 @@ def image_to_image_class(target: str) -> type[nn.Module]:
     return models.UNet
 
 
-def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A new network, with random weights that depend only on the seed."""
+def seeded(build: Callable, seed: int):
+    """The result of `build()`, such as a network, with random weights that depend only on the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also change CUDA's
         return build()

@@ -561,13 +561,12 @@ def checksum(name: str, root: Path) -> str:
     names_and_digests = md5()
     for path in DATASETS[name].paths(root):
         # In a folder there are files, or folders of files.
-        file_paths = [path, *path.glob("[!.]*"), *path.glob("[!.]*/[!.]*")]
-        for file_path in sorted(file_paths):
-            if file_path.is_file():
-                with open(file_path, "rb") as file:
-                    digest = hashlib.file_digest(file, md5).hexdigest()
-                line = f"{file_path.relative_to(root)} {digest}\n"
-                names_and_digests.update(line.encode(errors="surrogateescape"))
+        paths = [path, *path.glob("[!.]*"), *path.glob("[!.]*/[!.]*")]
+        for file_path in sorted(filter(Path.is_file, paths)):
+            with open(file_path, "rb") as file:
+                digest = hashlib.file_digest(file, md5).hexdigest()
+            line = f"{file_path.relative_to(root)} {digest}\n"
+            names_and_digests.update(line.encode(errors="surrogateescape"))
     return names_and_digests.hexdigest()
 
 
