@@ -51,6 +51,7 @@ class Settings:
     # Memory limit for cached outputs of frozen units. Up to three times as much is in use for a
     # short time: the old outputs, the batches of new ones, and these in one tensor.
     cache_bytes: int = 2 * 1024**3
+    relative_rates: bool = False  # scale lr by the relative gradient norm of each unit: see ft_rgn
     bfloat16: bool = False  # train under bfloat16 autocast; validation and caching do not use it
     # batch -> batch, for training images only; uint8 images are already divided by 255
     augment: Callable | None = None
@@ -85,15 +86,19 @@ class Result:
     diverged: bool = False  # a weight became NaN or infinite; `net` is the best state before that
 
 
+Candidate = int | str | tuple[int, ...]  # the number of a unit, "all", or a set of units
+
+
 @dataclass
 class Selection:
     """The choice of a selection algorithm, and everything it is based on."""
 
-    chosen: int | str  # the unit that is tuned in N_flex, or "all"
-    best: int | str  # the arg max; fast_flex may still choose "all" (Algorithm 2, line 10)
-    tuned: dict[int | str, Result]  # networks trained until early stopping, by tuned unit
+    chosen: Candidate  # what is tuned in N_flex
+    best: Candidate  # the arg max; fast_flex may still choose "all" (Algorithm 2, line 10)
+    tuned: dict[Candidate, Result]  # networks trained until early stopping
     proxies: dict[int, float] = field(default_factory=dict)  # validation accuracy of each proxy
     one_epoch: Result | None = None  # Algorithm 3's N_ft-all, trained for a single epoch
+    short: list[Result] = field(default_factory=list)  # halving_flex's networks of a few epochs
 
     @property
     def result(self) -> Result:
@@ -101,13 +106,38 @@ class Selection:
         return self.tuned[self.chosen]
 
     @property
-    def tied(self) -> list[int | str]:
+    def tied(self) -> list[Candidate]:
         """All candidates that share the highest accuracy; the first of them is `best`."""
         if self.proxies:
             accuracies = self.proxies
         else:
             accuracies = {unit: result.accuracy for unit, result in self.tuned.items()}
         return [unit for unit in accuracies if accuracies[unit] == accuracies[self.best]]
+
+    def __str__(self) -> str:
+        """A table of the candidates, with a bar for the validation accuracy, for `print`."""
+        rows = [("unit", "validation", "", "proxy" if self.proxies else "", "")]
+        for candidate in dict.fromkeys([*self.proxies, *self.tuned]):
+            validation = bar = proxy = ""
+            if candidate in self.tuned:
+                accuracy = self.tuned[candidate].accuracy
+                validation = f"{accuracy:.3f}"
+                bar = "#" * round(30 * accuracy)
+            if candidate in self.proxies:
+                proxy = f"{self.proxies[candidate]:.3f}"
+            marks = []
+            if candidate == self.chosen:
+                marks.append("chosen")
+            if candidate in self.tied and len(self.tied) > 1:
+                marks.append("tied")
+            name = label(self.result.net, candidate)
+            rows.append((name, validation, bar, proxy, ", ".join(marks)))
+        width = max(len(row[0]) for row in rows)
+        lines = []
+        for name, validation, bar, proxy, marks in rows:
+            line = f"{name:{width}}  {validation:10}  {bar:30}  {proxy:5}  {marks}"
+            lines.append(line.rstrip())
+        return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- selection (sections 3 and 4)
@@ -205,7 +235,7 @@ def certainty(task: Task, selection: Selection, delta: float = 0.05) -> dict:
             inequality and a union bound over the candidates, and has the rate of section 3.3. It
             ignores that the best epoch of each candidate was selected on the same validation set.
     """
-    if selection.proxies:
+    if selection.proxies or selection.short:
         raise ValueError("certainty needs a selection of flex, which tunes every candidate")
     if not 0 < delta < 1:
         raise ValueError(f"delta must be between 0 and 1, not {delta}")
@@ -304,6 +334,84 @@ class _Scale(nn.Module):
         return weight * self.scale
 
 
+# ---------------------------------------------------------------- beyond the paper
+
+
+def halving_flex(task: Task) -> Selection:
+    """Flex in about half of the time: units that begin badly are not tuned to the end.
+
+    Not in the paper. This is successive halving (Jamieson & Talwalkar, AISTATS 2016): all
+    candidates are tuned for 2 validations, the better half of them for 4, and the better half of
+    these until early stopping. Each training starts from the source network. `tuned` has the
+    networks of the last round, `short` those of the first two.
+    """
+    survivors = [*candidates(task.net), "all"]
+    short = []
+    for num_validations in (2, 4):
+        epochs = min(num_validations * task.settings.check_every, task.settings.max_epochs)
+        results = {unit: fine_tune(task, unit, epochs) for unit in survivors}
+        short += results.values()
+        best_first = sorted(survivors, key=lambda unit: results[unit].accuracy, reverse=True)
+        better_half = best_first[: math.ceil(len(survivors) / 2)]
+        survivors = [unit for unit in survivors if unit in better_half]  # in the order of flex
+    tuned = {unit: fine_tune(task, unit) for unit in survivors}
+    best = max(tuned, key=lambda unit: tuned[unit].accuracy)
+    return Selection(chosen=best, best=best, tuned=tuned, short=short)
+
+
+def greedy_flex(task: Task) -> Selection:
+    """Flex with sets of units as further candidates, such as (2, 3).
+
+    Not in the paper, but named there as future work. The search is that of SubTuning (Kaplun et
+    al., 2023): beginning with the best unit, add the unit with which the accuracy on D_val is
+    highest, as long as it rises.
+    """
+    units = candidates(task.net)
+    tuned = dict(flex(task).tuned)
+    result = tuned[max(units, key=lambda unit: tuned[unit].accuracy)]
+    while len(result.units) + 1 < len(units):  # flex has tuned the set of all units
+        others = [unit for unit in units if unit not in result.units]
+        larger_sets = [tuple(sorted((*result.units, unit))) for unit in others]
+        for larger_set in larger_sets:
+            tuned[larger_set] = fine_tune(task, larger_set)
+        best_larger = max(larger_sets, key=lambda larger_set: tuned[larger_set].accuracy)
+        if tuned[best_larger].accuracy <= result.accuracy:
+            break
+        result = tuned[best_larger]
+    best = max(tuned, key=lambda candidate: tuned[candidate].accuracy)
+    return Selection(chosen=best, best=best, tuned=tuned)
+
+
+def ft_rgn(task: Task) -> Result:
+    """Fine-tune all units, each with its own learning rate.
+
+    Not in the paper. This is auto-RGN of Lee et al., "Surgical Fine-Tuning Improves Adaptation to
+    Distribution Shifts", ICLR 2023: at the beginning of each epoch, the rate of a unit becomes
+    `lr` times its relative gradient norm |g| / |theta|. This is a mean over five batches, and
+    divided by the largest of all units. The result is not in `task.results`.
+    """
+    return fine_tune(task.with_settings(relative_rates=True), "all")
+
+
+def refit(task: Task, result: Result) -> nn.Sequential:
+    """Tune the same units of the source network again, on D_train and D_val together.
+
+    Not in the paper. It is the usual last step after a choice by a validation set. The training has
+    as many epochs as the network in `result`, which must be in `task.results`. Its accuracy is not
+    known, because no images are held out: measure it on a test set.
+    """
+    if not any(result is other for other in task.results.values()):
+        raise ValueError("refit needs a result of fine_tune or of a selection on the same task")
+    x = torch.cat([task.train[0], task.val[0]])
+    y = torch.cat([task.train[1], task.val[1]])
+    settings = replace(task.settings, check_every=result.best_epoch)  # once, at the end
+    joint_task = Task(task.net, (x, y), task.val, settings)
+    refitted = fine_tune(joint_task, result.units, epochs=result.best_epoch)
+    if refitted.diverged:
+        raise ValueError("the training on D_train and D_val together diverged: keep result.net")
+    return refitted.net
+
+
 # ---------------------------------------------------------------- training (section 5.1)
 
 
@@ -362,7 +470,8 @@ def _train(task: Task, unit_numbers: tuple[int, ...], epochs: int | None) -> Res
     # Earlier results share the frozen units. A caller may have put these into training mode.
     net.eval().requires_grad_(False)
     tuned = nn.ModuleList(net[number - 1] for number in unit_numbers).requires_grad_(True)
-    optimizer = torch.optim.Adam(tuned.parameters(), lr=settings.lr, fused=True)
+    parameters_of_units = [{"params": list(unit.parameters())} for unit in tuned]
+    optimizer = torch.optim.Adam(parameters_of_units, lr=settings.lr, fused=True)
     shuffle_rng = torch.Generator().manual_seed(settings.seed)
 
     history = [(0, task.source_accuracy)]
@@ -427,8 +536,8 @@ def _train_one_epoch(
     """One pass over the training set; `x` is the output of the first `num_cached` units."""
     settings = task.settings
     y = task.train[1]
-    order = torch.randperm(len(x), generator=shuffle_rng, device="cpu").to(x.device)
-    for indices in order.split(settings.batch_size):
+
+    def loss_of(indices: torch.Tensor) -> torch.Tensor:
         inputs = prepare_batch(net, x[indices], num_cached)
         if settings.augment is not None:
             inputs = settings.augment(inputs)
@@ -436,12 +545,44 @@ def _train_one_epoch(
             logits = net[num_cached:](inputs)  # (B, classes)
         if settings.bfloat16:
             logits = logits.float()
-        loss = settings.loss(logits, y[indices])
+        return settings.loss(logits, y[indices])
+
+    order = torch.randperm(len(x), generator=shuffle_rng, device="cpu").to(x.device)
+    batches = order.split(settings.batch_size)
+    if settings.relative_rates:
+        _set_relative_rates(optimizer, settings.lr, (loss_of(indices) for indices in batches[:5]))
+    for indices in batches:
+        loss = loss_of(indices)
         if not loss.requires_grad:
             continue  # the tuned unit skipped this batch (stochastic depth)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+
+def _set_relative_rates(
+    optimizer: torch.optim.Optimizer, lr: float, losses: Iterable[torch.Tensor]
+) -> None:
+    """Scale the learning rate of each unit by its relative gradient norm.
+
+    This is the mean of |g| / |theta| over the losses, divided by the largest of all units. g is the
+    gradient of a loss, and theta are the weights of the unit.
+    """
+    units = optimizer.param_groups
+    relative_norms = torch.zeros(len(units))
+    for loss in losses:
+        if not loss.requires_grad:
+            continue  # as in the steps of the training
+        optimizer.zero_grad()
+        loss.backward()
+        for index, unit in enumerate(units):
+            gradients = [weight.grad for weight in unit["params"] if weight.grad is not None]
+            gradient_norm = nn.utils.get_total_norm(gradients).item()
+            weight_norm = nn.utils.get_total_norm(unit["params"]).item()
+            relative_norms[index] += gradient_norm / max(weight_norm, 1e-12)
+    relative_norms /= relative_norms.max().clamp(min=1e-12)
+    for unit, relative_norm in zip(units, relative_norms):
+        unit["lr"] = lr * relative_norm.item()
 
 
 def _copy_units(net: nn.Sequential, unit_numbers: Iterable[int]) -> nn.Sequential:
@@ -616,6 +757,18 @@ class Task:
             raise ValueError(f"units {units} have no parameters to tune")
         return tuple(sorted(numbers))
 
+    def with_settings(self, **changes) -> Task:
+        """A task with changed settings, e.g. `lr`, that shares the network, the data and the cache.
+
+        Its results are its own. Raises ValueError for settings on which shared values depend.
+        """
+        for name in ("top_k", "device", "cache_bytes"):
+            if name in changes:
+                raise ValueError(f"create a new Task to change {name}")
+        task = copy.copy(self)
+        vars(task).update(settings=replace(self.settings, **changes), results={})
+        return task
+
     @torch.no_grad()
     def cached_outputs(self, dataset: str, num_frozen: int) -> tuple[int, torch.Tensor]:
         """Outputs of the lowest units on "train" or "val".
@@ -779,8 +932,10 @@ def unit_names(net: nn.Sequential) -> dict[int, str]:
     return names
 
 
-def label(net: nn.Sequential, *units: int | str) -> str:
-    """Units as text, by number and, if they have one, by name: "8 layer4.0"."""
+def label(net: nn.Sequential, *units: Candidate) -> str:
+    """Units as text, by number and, if they have one, by name: "8 layer4.0", or "2 conv2, 3 fc1"."""
+    if isinstance(units[0], tuple):
+        units = units[0]
     are_all = len(units) == len(net) and len(net) > 1  # the unit of a one-unit network is "1"
     if units == ("all",) or are_all:
         return "all"

@@ -344,6 +344,14 @@ METHODS = {
     "faster-flex": flextune.faster_flex,
 }
 
+# Not in the paper, and run only if they are named.
+METHODS_BEYOND_THE_PAPER = {
+    "ft-rgn": flextune.ft_rgn,
+    "halving-flex": flextune.halving_flex,
+    "greedy-flex": flextune.greedy_flex,
+}
+ALL_METHODS = METHODS | METHODS_BEYOND_THE_PAPER
+
 
 def flex_i2i(task: Task, target: str) -> Selection:
     """Flex with one more candidate, 0: an image-to-image unit before the network (section 5.4).
@@ -516,8 +524,8 @@ class Run:
 
 
 def result_settings(settings: Settings) -> dict:
-    """The settings that change a result. `augment` and `loss` are not used here."""
-    ignored = ("device", "cache_bytes", "augment", "loss")
+    """The settings that change a result. The last three are not used here, or only by ft-rgn."""
+    ignored = ("device", "cache_bytes", "relative_rates", "augment", "loss")
     return {name: value for name, value in vars(settings).items() if name not in ignored}
 
 
@@ -550,7 +558,7 @@ def make_runs(source: str, target: str, root: Path | None, args: argparse.Namesp
         )
 
     asked = args.methods or METHODS.keys() - protocol.skipped_methods
-    methods = [method for method in METHODS if method in asked]
+    methods = [method for method in ALL_METHODS if method in asked]
     if args.image_to_image:
         methods.append("flex-i2i")
 
@@ -569,6 +577,7 @@ def make_runs(source: str, target: str, root: Path | None, args: argparse.Namesp
         for number in range(num_runs):
             settings = replace(
                 protocol.tuning,
+                lr=args.lr or protocol.tuning.lr,
                 batch_size=schedule.batch_size,
                 max_epochs=min(schedule.max_epochs, args.max_epochs or schedule.max_epochs),
                 seed=args.seed + number,
@@ -758,12 +767,14 @@ def run_methods(
     progress: "Progress",
 ) -> None:
     """Run the methods, and write each result to args.out as soon as it is known."""
-    num_trainings = len(net) + 6  # of all methods together, roughly
+    num_trainings = len(net) + 6  # of all of the paper's methods together, roughly
+    if METHODS_BEYOND_THE_PAPER.keys() & set(run.methods):
+        num_trainings *= 2  # these train about as many networks again
 
     # `report` uses `results`, not `task`, which refers to `report`: in a cycle, the memory of the task
     # would be kept until Python's garbage collector runs.
     def report(text: str) -> None:
-        progress.report(text, part=len(results) / num_trainings)
+        progress.report(text, part=min(1, len(results) / num_trainings))
 
     task = run.task(net, domain, report)
     results = task.results
@@ -778,7 +789,7 @@ def run_methods(
         if method == "flex-i2i":
             outcome = flex_i2i(task, run.scenario.target)
         else:
-            outcome = METHODS[method](task)
+            outcome = ALL_METHODS[method](task)
         is_selection = isinstance(outcome, Selection)
         result = outcome.result if is_selection else outcome
 
@@ -789,7 +800,7 @@ def run_methods(
         row["names"] = [flextune.label(net, unit) for unit in range(1, len(net) + 1)]
         row.update(result_fields(result, test_accuracy))
         if is_selection:
-            row.update(selection_fields(outcome, test_accuracy))
+            row.update(selection_fields(net, outcome, test_accuracy))
         if method == "flex":
             row["certainty"] = flextune.certainty(task, outcome)
         if method == "flex-i2i":
@@ -812,21 +823,29 @@ def result_fields(result: Result, test_accuracy: Callable[[nn.Sequential], float
     return fields
 
 
-def selection_fields(selection: Selection, test_accuracy: Callable[[nn.Sequential], float]) -> dict:
+def selection_fields(
+    net: nn.Sequential, selection: Selection, test_accuracy: Callable[[nn.Sequential], float]
+) -> dict:
     """What a result file says of a selection. Its epochs and seconds are those of all trainings."""
-    trainings = list(selection.tuned.values())
+
+    # Units are known by their number, or "all", and sets of units by their names.
+    def name(candidate: flextune.Candidate) -> str:
+        is_set = isinstance(candidate, tuple)
+        return flextune.label(net, candidate) if is_set else str(candidate)
+
+    trainings = [*selection.tuned.values(), *selection.short]
     if selection.one_epoch:
         trainings.append(selection.one_epoch)
     candidates = {}
-    for unit, result in selection.tuned.items():
-        candidates[unit] = result_fields(result, test_accuracy)
-    # JSON will turn the unit numbers, which are keys of proxies and candidates, into text.
+    for candidate, result in selection.tuned.items():
+        candidates[name(candidate)] = result_fields(result, test_accuracy)
+    # JSON will turn the unit numbers, which are keys of proxies, into text.
     return {
         "epochs": sum(training.epochs for training in trainings),
         "seconds": sum(training.seconds for training in trainings),
-        "chosen": str(selection.chosen),
-        "best": str(selection.best),
-        "tied": [str(unit) for unit in selection.tied],
+        "chosen": name(selection.chosen),
+        "best": name(selection.best),
+        "tied": [name(candidate) for candidate in selection.tied],
         "proxies": selection.proxies,
         "candidates": candidates,
     }
@@ -1093,6 +1112,9 @@ def print_units(results: RowsByMethod) -> None:
     for number, name in enumerate(all_rows[0]["names"], start=1):
         titles[str(number)] = name
     titles["all"] = "all"
+    for row in all_rows:
+        for unit in row.get("candidates", {}):
+            titles.setdefault(unit, unit)  # a set of units is known by its names
 
     headings = [f"proxy ({method})" for method in PROXY_METHODS]
     table = [["unit", "validation", "test", *headings, "chosen by"]]
@@ -1190,7 +1212,8 @@ def print_table_3(groups: dict[Scenario, RowsByMethod]) -> None:
     for heading, scenarios in by_network(groups).items():
         print(f"\nTable 3, test accuracy, {heading}")
         present = {method for results in scenarios.values() for method in results}
-        methods = [m for m in ("source", *SELECTIONS, *BASELINES) if m in present]
+        shown = ("source", *SELECTIONS, *BASELINES, *METHODS_BEYOND_THE_PAPER)
+        methods = [method for method in shown if method in present]
         table = [["target, ratio (runs)", *methods]]
         times_best = Counter()
         for scenario, results in scenarios.items():
@@ -1238,7 +1261,7 @@ def table_3_lines(
 
 
 def with_stars(accuracies: dict[str, float], baselines: set[str]) -> dict[str, str]:
-    """Accuracies as text, with a star where a selection method beats every baseline."""
+    """Accuracies as text, with a star where one of SELECTIONS beats every baseline."""
     if baselines <= accuracies.keys():
         to_beat = max(accuracies[method] for method in baselines)
     else:
@@ -1251,8 +1274,11 @@ def with_stars(accuracies: dict[str, float], baselines: set[str]) -> dict[str, s
 
 
 def best_methods(means: dict[str, float]) -> list[str]:
-    """All methods that share the highest accuracy. `source` counts only if nothing else was run."""
-    tuned = {method: mean for method, mean in means.items() if method != "source"}
+    """All of the paper's methods that share the highest accuracy.
+
+    `source` and methods beyond the paper count only if nothing else was run.
+    """
+    tuned = {m: mean for m, mean in means.items() if m in SELECTIONS + BASELINES}
     competitors = tuned or means
     highest = max(competitors.values())
     return [method for method, mean in competitors.items() if mean == highest]
@@ -1503,6 +1529,13 @@ def integer(text: str, minimum: int = 1) -> int:
     return int(text)
 
 
+def learning_rate(text: str) -> float:
+    try:
+        return Settings(lr=float(text)).lr
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a positive number, not {text!r}") from None
+
+
 def device(text: str) -> str:
     try:
         name = torch.device(text)
@@ -1529,8 +1562,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                        help="source domain; needed where several sources have the target")
     group.add_argument("--ratio", nargs="+", type=integer, metavar="N",
                        help="training images per class, approximately (default: all ratios)")
-    group.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME",
-                       help=f"any of {', '.join(METHODS)} (default: all)")
+    group.add_argument("--methods", nargs="+", choices=ALL_METHODS, metavar="NAME",
+                       help=f"any of {', '.join(METHODS)} (default: all of these), and, beyond the "
+                            f"paper, {', '.join(METHODS_BEYOND_THE_PAPER)}")
     group.add_argument("--image-to-image", action="store_true",
                        help="run flex also with an image-to-image unit as one more candidate")
     group.add_argument("--runs", type=integer, metavar="N",
@@ -1561,6 +1595,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("training")
     group.add_argument("--device", type=device, metavar="NAME",
                        help="cpu, cuda or cuda:N (default: cuda if available)")
+    group.add_argument("--lr", type=learning_rate, metavar="RATE",
+                       help="learning rate of every fine-tuning (default: depends on the source)")
     group.add_argument("--max-epochs", type=integer, metavar="N",
                        help="limit for every fine-tuning (default: depends on the ratio)")
     group.add_argument("--bfloat16", action="store_true",
@@ -1634,6 +1670,8 @@ def show_results(runs: list[Run], args: argparse.Namespace) -> None:
     if None in rows:
         raise OSError(f"a result in {args.out} is gone since it was written: run this again")
     groups = group_rows(rows)
+    if args.lr:
+        print(f"\nall methods tuned with --lr {args.lr:g}")
     if args.target:
         for scenario, results in groups.items():
             print_scenario(scenario, results)

@@ -938,6 +938,172 @@ def test_ft_ss_refuses_weights_that_are_parametrized(train, val):
         flextune.ft_ss(Task(net, train, val, FAST))
 
 
+# ---------------------------------------------------------------- beyond the paper
+
+
+def naive_halving(task):
+    """The candidates of the last round, if each round trains from the source network."""
+    survivors = dict(UNITS)
+    for epochs in (4, 8):  # 2 and 4 validations of FAST
+        scores = {unit: naive_fine_tune(task, survivors[unit], epochs)[1] for unit in survivors}
+        num_kept = math.ceil(len(survivors) / 2)
+        while len(survivors) > num_kept:
+            lowest = min(scores[unit] for unit in survivors)
+            del survivors[[unit for unit in survivors if scores[unit] == lowest][-1]]
+    return survivors
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_halving_flex_tunes_the_survivors_of_two_short_rounds(source, train, val, seed):
+    net, train, val = in_float64(source, train, val)
+    task = Task(net, train, val, replace(FAST, seed=seed))
+    survivors = naive_halving(task)
+    selection = flextune.halving_flex(task)
+    assert list(selection.tuned) == list(survivors) and len(survivors) == 2
+    accuracies = {unit: naive_fine_tune(task, units)[1] for unit, units in survivors.items()}
+    assert {unit: result.accuracy for unit, result in selection.tuned.items()} == accuracies
+    assert selection.chosen == selection.best == first_arg_max(accuracies)
+    assert [result.epochs for result in selection.short] == [4] * 5 + [8] * 3
+    with pytest.raises(ValueError, match="needs a selection of flex"):
+        flextune.certainty(task, selection)
+
+
+def test_halving_flex_trains_no_longer_than_the_limit(source, train, val):
+    task = Task(source, train, val, replace(FAST, max_epochs=3))
+    assert {result.epochs for result in flextune.halving_flex(task).short} == {3}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_greedy_flex_adds_the_best_unit_as_long_as_it_helps(source, train, val, seed):
+    net, train, val = in_float64(source, train, val)
+    task = Task(net, train, val, replace(FAST, seed=seed))
+    accuracies = {unit: naive_fine_tune(task, units)[1] for unit, units in UNITS.items()}
+    best_set = {first_arg_max({unit: accuracies[unit] for unit in (1, 2, 4, 5)})}
+    best_accuracy = max(accuracies[unit] for unit in (1, 2, 4, 5))
+    for _ in range(2):  # up to three of four units
+        larger = {}
+        for unit in sorted({1, 2, 4, 5} - best_set):
+            units = tuple(sorted(best_set | {unit}))
+            larger[units] = naive_fine_tune(task, units)[1]
+        accuracies |= larger
+        if max(larger.values()) <= best_accuracy:
+            break
+        best_set = set(first_arg_max(larger))
+        best_accuracy = max(larger.values())
+    selection = flextune.greedy_flex(task)
+    assert {unit: result.accuracy for unit, result in selection.tuned.items()} == accuracies
+    assert selection.chosen == selection.best == first_arg_max(accuracies)
+
+
+def test_ft_rgn_scales_the_rate_of_each_unit_by_its_relative_gradient_norm(source, train, val):
+    net, (x, y), val = in_float64(source, train, val)
+    net[3][3].p = 0.0
+    # Adam's first step moves a weight by its rate, whatever the gradient. So with one batch, the
+    # largest step of a unit is its rate.
+    settings = replace(FAST, lr=1e-3, batch_size=64, max_epochs=1)
+    task = Task(net, (x, y), val, settings)
+    result = flextune.ft_rgn(task)
+    net = copy.deepcopy(task.net).requires_grad_(True)
+    cross_entropy(net(x), y).backward()
+    relative_norms = {}
+    steps = {}
+    for number in (1, 2, 4, 5):
+        weights = nn.utils.parameters_to_vector(net[number - 1].parameters())
+        gradient = torch.cat([weight.grad.flatten() for weight in net[number - 1].parameters()])
+        relative_norms[number] = (gradient.norm() / weights.norm()).item()
+        tuned = nn.utils.parameters_to_vector(result.net[number - 1].parameters())
+        steps[number] = (tuned - weights).abs().max().item()
+    largest = max(relative_norms.values())
+    for number, relative_norm in relative_norms.items():
+        assert steps[number] == pytest.approx(1e-3 * relative_norm / largest, rel=1e-3)
+    assert len(task.results) == 0  # ft-all is another network
+
+
+def test_the_relative_rates_of_an_epoch_are_a_mean_over_five_batches():
+    unit = nn.Linear(1, 1, bias=False)
+    other = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        unit.weight.fill_(2.0)
+        other.weight.fill_(1.0)
+    optimizer = torch.optim.Adam([{"params": [unit.weight]}, {"params": [other.weight]}])
+    x = torch.ones(1, 1)
+    losses = (unit(x).sum() * a + other(x).sum() * b for a, b in ((2.0, 1.0), (4.0, 7.0)))
+    flextune._set_relative_rates(optimizer, 0.5, losses)  # 2 / 2 + 4 / 2 = 3, 1 + 7 = 8
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.5 * 3 / 8, 0.5])
+
+
+@pytest.mark.parametrize("units", [2, [1, 4], "all"], ids=str)
+def test_refit_trains_on_both_sets_for_the_epochs_of_the_best_state(source, train, val, units):
+    net, train, val = in_float64(source, train, val)
+    task = Task(net, train, val, FAST)
+    result = flextune.fine_tune(task, units)
+    both = tuple(torch.cat([a, b]) for a, b in zip(train, val))
+    naive_net, _, _ = naive_fine_tune(
+        Task(net, both, val, FAST), result.units, epochs=result.best_epoch
+    )
+    refitted = flextune.refit(task, result)
+    for weight, expected in zip(refitted.parameters(), naive_net.parameters()):
+        torch.testing.assert_close(weight, expected)
+    assert same_state(result.net, task.results[result.units, None].net)
+
+
+def test_refit_takes_a_result_of_the_same_training_only(source, train, val):
+    task = Task(source, train, val, replace(FAST, max_epochs=4))
+    others = [
+        flextune.ft_ss(task),
+        flextune.ft_rgn(task),
+        flextune.ft_all(task.with_settings(lr=1e-4)),
+    ]
+    for result in others:
+        with pytest.raises(ValueError, match="on the same task"):
+            flextune.refit(task, result)
+
+
+def test_tasks_with_other_settings_share_all_but_the_results(source, train, val):
+    task = Task(source, train, val, FAST)
+    flextune.fine_tune(task, 5)
+    other = task.with_settings(lr=1e-3)
+    assert (task.settings.lr, other.settings.lr) == (1e-2, 1e-3)
+    assert other.net is task.net and other.train is task.train
+    assert other.cached_outputs("train", 4)[1] is task.cached_outputs("train", 4)[1]
+    expected = flextune.flex(Task(source, train, val, replace(FAST, lr=1e-3)))
+    selection = flextune.flex(other)
+    assert selection.chosen == expected.chosen
+    for unit, result in selection.tuned.items():
+        assert same_state(result.net, expected.tuned[unit].net)
+    with pytest.raises(ValueError, match="new Task to change top_k"):
+        task.with_settings(top_k=2)
+    with pytest.raises(ValueError, match="lr must be"):
+        task.with_settings(lr=0)
+
+
+def test_a_selection_is_printed_as_a_table():
+    net = nn.Sequential(OrderedDict(conv=nn.Linear(2, 2), fc=nn.Linear(2, 2), head=nn.Linear(2, 2)))
+
+    def result(accuracy):
+        return Result(net, (1,), accuracy, 1, 1, seconds=0, history=[], num_trained=1)
+
+    def printed(selection):
+        return [" ".join(line.split()) for line in str(selection).splitlines()]
+
+    tuned = {1: result(0.5), 2: result(0.9), "all": result(0.9)}
+    assert printed(Selection(chosen=2, best=2, tuned=tuned)) == [
+        "unit validation",
+        f"1 conv 0.500 {'#' * 15}",
+        f"2 fc 0.900 {'#' * 27} chosen, tied",
+        f"all 0.900 {'#' * 27} tied",
+    ]
+    tuned = {"all": result(0.9), 1: result(0.5)}
+    assert printed(Selection(chosen="all", best=1, tuned=tuned, proxies={1: 0.4, 2: 0.3})) == [
+        "unit validation proxy",
+        f"1 conv 0.500 {'#' * 15} 0.400",
+        "2 fc 0.300",
+        f"all 0.900 {'#' * 27} chosen",
+    ]
+    selection = Selection(chosen=(1, 2), best=(1, 2), tuned={(1, 2): result(1.0)})
+    assert printed(selection)[1].startswith("1 conv, 2 fc 1.000")
+
+
 # ---------------------------------------------------------------- certainty and retrieval
 
 
@@ -1931,6 +2097,32 @@ def test_every_method_from_start_to_finish(quick, capsys):
     assert row_of["faster-flex"]["epochs"] == chosen["epochs"] + 1
 
 
+def test_methods_beyond_the_paper_run_by_name(quick, capsys):
+    quick(f"{ONE} --methods ft-fc-1 {' '.join(run_all.METHODS_BEYOND_THE_PAPER)} --table 3")
+    out = capsys.readouterr().out
+    lines = [line.split() for line in out.splitlines()]
+    title = ["target,", "ratio", "(runs)", "ft-fc-1", *run_all.METHODS_BEYOND_THE_PAPER]
+    assert title in lines
+    assert "ties counting for each: ft-fc-1 1 (paper" in out  # only the paper's methods count
+    row_of = {row["method"]: row for row in results()}
+    assert list(row_of) == ["ft-fc-1", *run_all.METHODS_BEYOND_THE_PAPER]
+    assert len(row_of["halving-flex"]["candidates"]) == 2
+    # Both limits of epochs are 2 here: five candidates, then three, then two.
+    assert row_of["halving-flex"]["epochs"] == 2 * (5 + 3 + 2)
+    sets = [name for name in row_of["greedy-flex"]["candidates"] if "," in name]
+    assert len(sets) in (3, 5) and all(re.search(rf"^{name}  ", out, re.MULTILINE) for name in sets)
+    assert row_of["ft-rgn"]["settings"] == row_of["ft-fc-1"]["settings"]
+
+
+def test_another_learning_rate_is_another_result(quick, capsys):
+    command = f"{ONE} --methods ft-fc-1"
+    quick(command)
+    assert "--lr" not in capsys.readouterr().out
+    quick(f"{command} --lr 0.02")
+    assert "all methods tuned with --lr 0.02" in capsys.readouterr().out
+    assert [row["settings"]["lr"] for row in results()] == [1e-4, 0.02]
+
+
 def test_runs_take_the_source_networks_by_turns(quick):
     quick(f"{ONE} --runs 3 --source-networks 2 --methods source")
     assert len([*Path("results").glob("mnist-*.pt")]) == 2
@@ -2468,6 +2660,8 @@ def test_list_shows_every_scenario_and_its_data(quick, capsys, mnist):
         ("--target sketchy", "argument --target: invalid choice: 'sketchy'"),
         ("--source cifar --target sketch", "cifar has no target sketch: see --list"),
         ("--source mnist --target blurry --ratio 0", "--ratio: must be a whole number from 1"),
+        ("--lr 0", "--lr: must be a positive number, not '0'"),
+        ("--lr fast", "--lr: must be a positive number, not 'fast'"),
         ("--ratio 30 --data builtin", "--ratio: the largest of ilsvrc -> yuv is 25"),
         ("--target blurry", "target blurry needs --source: mnist or cifar or quickdraw"),
         ("--source mnist --target blurry --ratio 3 --data there", "there is no folder 'there'"),
@@ -3278,7 +3472,7 @@ def test_the_example_of_the_readme(tmp_path, monkeypatch, capsys):
     torchvision.datasets = types.SimpleNamespace(ImageFolder=ImageFolder)
     monkeypatch.setitem(sys.modules, "torchvision", torchvision)
     readme = (HERE / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    code, several_rates = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     shorter = {
         "300": "30",
         "400": "40",
@@ -3291,7 +3485,7 @@ def test_the_example_of_the_readme(tmp_path, monkeypatch, capsys):
     exec(code, variables)  # noqa: S102
     out = capsys.readouterr().out
     assert "unit 1 conv1: epoch 5, validation" in out
-    assert re.search("tuned: .* tied: .*\nvalidation: .* test: ", out)
+    assert re.search(r"1 conv1 +0\.\d+ .*\n(.*\n)*all .*\ntest accuracy: 0\.", out)
     model = ResNet(num_classes=4).to(memory_format=torch.channels_last)
     model.load_state_dict(torch.load("tuned.pt", weights_only=True))
     x, y = variables["test"]
@@ -3299,3 +3493,5 @@ def test_the_example_of_the_readme(tmp_path, monkeypatch, capsys):
     accuracy = is_correct.double().mean().item()
     tuned_net = variables["selection"].result.net
     assert accuracy == pytest.approx(flextune.accuracy(tuned_net, (x, y)))
+    exec(several_rates, variables)  # noqa: S102
+    assert len(variables["selections"]) == 3
