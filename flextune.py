@@ -98,7 +98,7 @@ class Selection:
     tuned: dict[Candidate, Result]  # networks trained until early stopping
     proxies: dict[int, float] = field(default_factory=dict)  # validation accuracy of each proxy
     one_epoch: Result | None = None  # Algorithm 3's N_ft-all, trained for a single epoch
-    short: list[Result] = field(default_factory=list)  # halving_flex's networks of a few epochs
+    short_trainings: list[Result] = field(default_factory=list)  # of halving_flex's first rounds
 
     @property
     def result(self) -> Result:
@@ -115,21 +115,27 @@ class Selection:
         return [unit for unit in accuracies if accuracies[unit] == accuracies[self.best]]
 
     def __str__(self) -> str:
-        """A table of the candidates, with a bar for the validation accuracy, for `print`."""
+        """A table of the candidates, with a bar for the validation accuracy, for `print`.
+
+        "tied" are those that share the highest proxy, or without proxies the highest accuracy.
+        """
+        tied = self.tied
         rows = [("unit", "validation", "", "proxy" if self.proxies else "", "")]
         for candidate in dict.fromkeys([*self.proxies, *self.tuned]):
             validation = bar = proxy = ""
-            if candidate in self.tuned:
-                accuracy = self.tuned[candidate].accuracy
-                validation = f"{accuracy:.3f}"
-                bar = "#" * round(30 * accuracy)
-            if candidate in self.proxies:
-                proxy = f"{self.proxies[candidate]:.3f}"
             marks = []
             if candidate == self.chosen:
                 marks.append("chosen")
-            if candidate in self.tied and len(self.tied) > 1:
+            if candidate in tied and len(tied) > 1:
                 marks.append("tied")
+            if candidate in self.tuned:
+                result = self.tuned[candidate]
+                validation = f"{result.accuracy:.3f}"
+                bar = "#" * round(30 * result.accuracy)
+                if result.diverged:
+                    marks.append("diverged")
+            if candidate in self.proxies:
+                proxy = f"{self.proxies[candidate]:.3f}"
             name = label(self.result.net, candidate)
             rows.append((name, validation, bar, proxy, ", ".join(marks)))
         width = max(len(row[0]) for row in rows)
@@ -235,7 +241,8 @@ def certainty(task: Task, selection: Selection, delta: float = 0.05) -> dict:
             inequality and a union bound over the candidates, and has the rate of section 3.3. It
             ignores that the best epoch of each candidate was selected on the same validation set.
     """
-    if selection.proxies or selection.short:
+    has_sets = any(isinstance(candidate, tuple) for candidate in selection.tuned)
+    if selection.proxies or selection.short_trainings or has_sets:
         raise ValueError("certainty needs a selection of flex, which tunes every candidate")
     if not 0 < delta < 1:
         raise ValueError(f"delta must be between 0 and 1, not {delta}")
@@ -335,60 +342,65 @@ class _Scale(nn.Module):
 
 
 # ---------------------------------------------------------------- beyond the paper
+#
+# Nothing in this section is the paper's. The figures are means over GAINS.
 
 
 def halving_flex(task: Task) -> Selection:
-    """Flex in about half of the time: units that begin badly are not tuned to the end.
+    """Flex in less time: units that begin badly are not tuned to the end.
 
-    Not in the paper. This is successive halving (Jamieson & Talwalkar, AISTATS 2016): all
-    candidates are tuned for 2 validations, the better half of them for 4, and the better half of
-    these until early stopping. Each training starts from the source network. `tuned` has the
-    networks of the last round, `short` those of the first two.
+    Successive halving (Jamieson & Talwalkar, AISTATS 2016). All candidates are tuned for 2
+    validations, the better half of them (rounded up) for 4, and the better half of these until
+    early stopping. Each training starts from the source network. `tuned` has the networks of the
+    last round.
     """
     survivors = [*candidates(task.net), "all"]
-    short = []
+    short_trainings = []
     for num_validations in (2, 4):
-        epochs = min(num_validations * task.settings.check_every, task.settings.max_epochs)
+        epochs = num_validations * task.settings.check_every
+        if epochs >= task.settings.max_epochs:
+            break
         results = {unit: fine_tune(task, unit, epochs) for unit in survivors}
-        short += results.values()
+        short_trainings += results.values()
         best_first = sorted(survivors, key=lambda unit: results[unit].accuracy, reverse=True)
         better_half = best_first[: math.ceil(len(survivors) / 2)]
         survivors = [unit for unit in survivors if unit in better_half]  # in the order of flex
     tuned = {unit: fine_tune(task, unit) for unit in survivors}
     best = max(tuned, key=lambda unit: tuned[unit].accuracy)
-    return Selection(chosen=best, best=best, tuned=tuned, short=short)
+    return Selection(chosen=best, best=best, tuned=tuned, short_trainings=short_trainings)
 
 
 def greedy_flex(task: Task) -> Selection:
     """Flex with sets of units as further candidates, such as (2, 3).
 
-    Not in the paper, but named there as future work. The search is that of SubTuning (Kaplun et
-    al., 2023): beginning with the best unit, add the unit with which the accuracy on D_val is
-    highest, as long as it rises.
+    The paper names sets of units as future work. Greedy search, after SubTuning (Kaplun et al.,
+    2023): beginning with the best unit, add the unit with which the accuracy on D_val is highest,
+    as long as that accuracy rises. Ties go to the smaller set; "all" is the largest.
     """
     units = candidates(task.net)
     tuned = dict(flex(task).tuned)
-    result = tuned[max(units, key=lambda unit: tuned[unit].accuracy)]
-    while len(result.units) + 1 < len(units):  # flex has tuned the set of all units
-        others = [unit for unit in units if unit not in result.units]
-        larger_sets = [tuple(sorted((*result.units, unit))) for unit in others]
+    best_set = tuned[max(units, key=lambda unit: tuned[unit].accuracy)]
+    while len(best_set.units) + 1 < len(units):  # "all" stands for the set of all units
+        others = [unit for unit in units if unit not in best_set.units]
+        larger_sets = [tuple(sorted((*best_set.units, unit))) for unit in others]
         for larger_set in larger_sets:
             tuned[larger_set] = fine_tune(task, larger_set)
         best_larger = max(larger_sets, key=lambda larger_set: tuned[larger_set].accuracy)
-        if tuned[best_larger].accuracy <= result.accuracy:
+        if tuned[best_larger].accuracy <= best_set.accuracy:
             break
-        result = tuned[best_larger]
+        best_set = tuned[best_larger]
+    tuned["all"] = tuned.pop("all")  # to the end
     best = max(tuned, key=lambda candidate: tuned[candidate].accuracy)
     return Selection(chosen=best, best=best, tuned=tuned)
 
 
 def ft_rgn(task: Task) -> Result:
-    """Fine-tune all units, each with its own learning rate.
+    """Fine-tune all units, each at a learning rate in proportion to its relative gradient norm.
 
-    Not in the paper. This is auto-RGN of Lee et al., "Surgical Fine-Tuning Improves Adaptation to
-    Distribution Shifts", ICLR 2023: at the beginning of each epoch, the rate of a unit becomes
-    `lr` times its relative gradient norm |g| / |theta|. This is a mean over five batches, and
-    divided by the largest of all units. The result is not in `task.results`.
+    After auto-RGN in Lee et al., "Surgical Fine-Tuning Improves Adaptation to Distribution Shifts",
+    ICLR 2023. At the beginning of each epoch, |g| / |theta| of a unit, its gradient and its
+    weights, is averaged over up to five batches. The unit with the largest has the rate `lr`. The
+    result is not in `task.results`.
     """
     return fine_tune(task.with_settings(relative_rates=True), "all")
 
@@ -396,12 +408,14 @@ def ft_rgn(task: Task) -> Result:
 def refit(task: Task, result: Result) -> nn.Sequential:
     """Tune the same units of the source network again, on D_train and D_val together.
 
-    Not in the paper. It is the usual last step after a choice by a validation set. The training has
-    as many epochs as the network in `result`, which must be in `task.results`. Its accuracy is not
-    known, because no images are held out: measure it on a test set.
+    The usual last step after a choice by a validation set. It takes as many epochs as the network
+    in `result`, which must be in `task.results`. The accuracy of the returned network is unknown,
+    because no images are held out: measure it on a test set.
     """
     if not any(result is other for other in task.results.values()):
-        raise ValueError("refit needs a result of fine_tune or of a selection on the same task")
+        raise ValueError("refit needs one of the results in task.results, of this very task")
+    if result.best_epoch == 0:
+        raise ValueError("refit needs a result that is tuned, but its training diverged at once")
     x = torch.cat([task.train[0], task.val[0]])
     y = torch.cat([task.train[1], task.val[1]])
     settings = replace(task.settings, check_every=result.best_epoch)  # once, at the end
@@ -563,13 +577,9 @@ def _train_one_epoch(
 def _set_relative_rates(
     optimizer: torch.optim.Optimizer, lr: float, losses: Iterable[torch.Tensor]
 ) -> None:
-    """Scale the learning rate of each unit by its relative gradient norm.
-
-    This is the mean of |g| / |theta| over the losses, divided by the largest of all units. g is the
-    gradient of a loss, and theta are the weights of the unit.
-    """
+    """Scale the learning rate of each unit by its relative gradient norm (see `ft_rgn`)."""
     units = optimizer.param_groups
-    relative_norms = torch.zeros(len(units))
+    relative_norms = torch.zeros(len(units))  # sums over the losses instead of means: same rates
     for loss in losses:
         if not loss.requires_grad:
             continue  # as in the steps of the training
@@ -580,8 +590,9 @@ def _set_relative_rates(
             gradient_norm = nn.utils.get_total_norm(gradients).item()
             weight_norm = nn.utils.get_total_norm(unit["params"]).item()
             relative_norms[index] += gradient_norm / max(weight_norm, 1e-12)
-    relative_norms /= relative_norms.max().clamp(min=1e-12)
-    for unit, relative_norm in zip(units, relative_norms):
+    if relative_norms.max() == 0:
+        return  # no unit has a gradient: keep the rates
+    for unit, relative_norm in zip(units, relative_norms / relative_norms.max()):
         unit["lr"] = lr * relative_norm.item()
 
 
@@ -612,8 +623,9 @@ class Task:
     """What every algorithm is given: the source network N, D_train, D_val and the settings.
 
     Algorithms that get the same task share its frozen units, their cached outputs, and the networks
-    fine-tuned so far. A task is fixed: for other data or settings, make another one. Do not modify
-    its attributes or a returned network: later algorithms rely on both being unchanged.
+    fine-tuned so far. A task is fixed: for other data make another one, and for other settings see
+    `with_settings`. Do not modify its attributes or a returned network: later algorithms rely on
+    both being unchanged.
 
     Args:
         net: The source network, an nn.Sequential of units. It is copied.
@@ -766,6 +778,7 @@ class Task:
             if name in changes:
                 raise ValueError(f"create a new Task to change {name}")
         task = copy.copy(self)
+        # Not by assignment, which `__setattr__` forbids.
         vars(task).update(settings=replace(self.settings, **changes), results={})
         return task
 
@@ -934,7 +947,7 @@ def unit_names(net: nn.Sequential) -> dict[int, str]:
 
 def label(net: nn.Sequential, *units: Candidate) -> str:
     """Units as text, by number and, if they have one, by name: "8 layer4.0", or "2 conv2, 3 fc1"."""
-    if isinstance(units[0], tuple):
+    if len(units) == 1 and isinstance(units[0], tuple):
         units = units[0]
     are_all = len(units) == len(net) and len(net) > 1  # the unit of a one-unit network is "1"
     if units == ("all",) or are_all:

@@ -524,7 +524,11 @@ class Run:
 
 
 def result_settings(settings: Settings) -> dict:
-    """The settings that change a result. The last three are not used here, or only by ft-rgn."""
+    """The settings that change a result.
+
+    `relative_rates` belongs to ft-rgn, whose results have its name. `augment` and `loss` are not
+    used here.
+    """
     ignored = ("device", "cache_bytes", "relative_rates", "augment", "loss")
     return {name: value for name, value in vars(settings).items() if name not in ignored}
 
@@ -768,7 +772,7 @@ def run_methods(
 ) -> None:
     """Run the methods, and write each result to args.out as soon as it is known."""
     num_trainings = len(net) + 6  # of all of the paper's methods together, roughly
-    if METHODS_BEYOND_THE_PAPER.keys() & set(run.methods):
+    if "halving-flex" in run.methods or "greedy-flex" in run.methods:
         num_trainings *= 2  # these train about as many networks again
 
     # `report` uses `results`, not `task`, which refers to `report`: in a cycle, the memory of the task
@@ -833,7 +837,7 @@ def selection_fields(
         is_set = isinstance(candidate, tuple)
         return flextune.label(net, candidate) if is_set else str(candidate)
 
-    trainings = [*selection.tuned.values(), *selection.short]
+    trainings = [*selection.tuned.values(), *selection.short_trainings]
     if selection.one_epoch:
         trainings.append(selection.one_epoch)
     candidates = {}
@@ -1129,6 +1133,8 @@ def print_units(results: RowsByMethod) -> None:
             cells.append(format_mean(proxies, key=unit))
         if set(cells) == {"-"}:
             continue
+        if 0 < len(tuned) < num_runs:
+            title += f" ({len(tuned)} of {num_runs} runs)"
         times_chosen = Counter(row["method"] for row in all_rows if row.get("chosen") == unit)
         chosen_by = []
         for method, count in times_chosen.items():
@@ -1225,6 +1231,11 @@ def print_table_3(groups: dict[Scenario, RowsByMethod]) -> None:
             times_best.update(best_methods(means))
         print_columns(table, num_left_aligned=1)
         print("(*: better than all baselines, ft-...)")
+        not_counted = [method for method in methods if method in METHODS_BEYOND_THE_PAPER]
+        if not_counted:
+            print(
+                f"({', '.join(not_counted)}: not the paper's, and counted neither here nor there)"
+            )
         counts = ", ".join(f"{m} {times_best[m]}" for m in methods if times_best[m])
         title = f"best in how many of {len(scenarios)} scenarios, ties counting for each"
         print(f"{title}: {counts} (paper, of 72: {TIMES_BEST})")

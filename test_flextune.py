@@ -963,14 +963,19 @@ def test_halving_flex_tunes_the_survivors_of_two_short_rounds(source, train, val
     accuracies = {unit: naive_fine_tune(task, units)[1] for unit, units in survivors.items()}
     assert {unit: result.accuracy for unit, result in selection.tuned.items()} == accuracies
     assert selection.chosen == selection.best == first_arg_max(accuracies)
-    assert [result.epochs for result in selection.short] == [4] * 5 + [8] * 3
+    assert [result.epochs for result in selection.short_trainings] == [4] * 5 + [8] * 3
     with pytest.raises(ValueError, match="needs a selection of flex"):
         flextune.certainty(task, selection)
 
 
-def test_halving_flex_trains_no_longer_than_the_limit(source, train, val):
-    task = Task(source, train, val, replace(FAST, max_epochs=3))
-    assert {result.epochs for result in flextune.halving_flex(task).short} == {3}
+@pytest.mark.parametrize("max_epochs, num_short, num_tuned", [(4, 0, 5), (8, 5, 3), (9, 8, 2)])
+def test_halving_flex_has_no_round_that_is_as_long_as_the_last(
+    source, train, val, max_epochs, num_short, num_tuned
+):
+    selection = flextune.halving_flex(
+        Task(source, train, val, replace(FAST, max_epochs=max_epochs))
+    )
+    assert (len(selection.short_trainings), len(selection.tuned)) == (num_short, num_tuned)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -992,7 +997,10 @@ def test_greedy_flex_adds_the_best_unit_as_long_as_it_helps(source, train, val, 
         best_accuracy = max(larger.values())
     selection = flextune.greedy_flex(task)
     assert {unit: result.accuracy for unit, result in selection.tuned.items()} == accuracies
+    accuracies["all"] = accuracies.pop("all")  # the largest set
     assert selection.chosen == selection.best == first_arg_max(accuracies)
+    with pytest.raises(ValueError, match="needs a selection of flex"):
+        flextune.certainty(task, selection)
 
 
 def test_ft_rgn_scales_the_rate_of_each_unit_by_its_relative_gradient_norm(source, train, val):
@@ -1029,7 +1037,11 @@ def test_the_relative_rates_of_an_epoch_are_a_mean_over_five_batches():
     x = torch.ones(1, 1)
     losses = (unit(x).sum() * a + other(x).sum() * b for a, b in ((2.0, 1.0), (4.0, 7.0)))
     flextune._set_relative_rates(optimizer, 0.5, losses)  # 2 / 2 + 4 / 2 = 3, 1 + 7 = 8
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.5 * 3 / 8, 0.5])
+    rates = pytest.approx([0.5 * 3 / 8, 0.5])
+    assert [group["lr"] for group in optimizer.param_groups] == rates
+    no_gradient = (unit(x).sum() * 0, torch.ones(()))
+    flextune._set_relative_rates(optimizer, 0.5, no_gradient)
+    assert [group["lr"] for group in optimizer.param_groups] == rates
 
 
 @pytest.mark.parametrize("units", [2, [1, 4], "all"], ids=str)
@@ -1055,8 +1067,11 @@ def test_refit_takes_a_result_of_the_same_training_only(source, train, val):
         flextune.ft_all(task.with_settings(lr=1e-4)),
     ]
     for result in others:
-        with pytest.raises(ValueError, match="on the same task"):
+        with pytest.raises(ValueError, match="of this very task"):
             flextune.refit(task, result)
+    task = task.with_settings(lr=1e38)
+    with pytest.raises(ValueError, match="diverged at once"):
+        flextune.refit(task, flextune.ft_all(task))
 
 
 def test_tasks_with_other_settings_share_all_but_the_results(source, train, val):
@@ -1080,16 +1095,16 @@ def test_tasks_with_other_settings_share_all_but_the_results(source, train, val)
 def test_a_selection_is_printed_as_a_table():
     net = nn.Sequential(OrderedDict(conv=nn.Linear(2, 2), fc=nn.Linear(2, 2), head=nn.Linear(2, 2)))
 
-    def result(accuracy):
-        return Result(net, (1,), accuracy, 1, 1, seconds=0, history=[], num_trained=1)
+    def result(accuracy, diverged=False):
+        return Result(net, (1,), accuracy, 1, 1, 0.0, [], num_trained=1, diverged=diverged)
 
     def printed(selection):
         return [" ".join(line.split()) for line in str(selection).splitlines()]
 
-    tuned = {1: result(0.5), 2: result(0.9), "all": result(0.9)}
+    tuned = {1: result(0.5, diverged=True), 2: result(0.9), "all": result(0.9)}
     assert printed(Selection(chosen=2, best=2, tuned=tuned)) == [
         "unit validation",
-        f"1 conv 0.500 {'#' * 15}",
+        f"1 conv 0.500 {'#' * 15} diverged",
         f"2 fc 0.900 {'#' * 27} chosen, tied",
         f"all 0.900 {'#' * 27} tied",
     ]
@@ -2106,9 +2121,8 @@ def test_methods_beyond_the_paper_run_by_name(quick, capsys):
     assert "ties counting for each: ft-fc-1 1 (paper" in out  # only the paper's methods count
     row_of = {row["method"]: row for row in results()}
     assert list(row_of) == ["ft-fc-1", *run_all.METHODS_BEYOND_THE_PAPER]
-    assert len(row_of["halving-flex"]["candidates"]) == 2
-    # Both limits of epochs are 2 here: five candidates, then three, then two.
-    assert row_of["halving-flex"]["epochs"] == 2 * (5 + 3 + 2)
+    assert "ft-rgn, halving-flex, greedy-flex: not the paper's" in out
+    assert row_of["halving-flex"]["epochs"] == 2 * 5  # with so few epochs it is flex
     sets = [name for name in row_of["greedy-flex"]["candidates"] if "," in name]
     assert len(sets) in (3, 5) and all(re.search(rf"^{name}  ", out, re.MULTILINE) for name in sets)
     assert row_of["ft-rgn"]["settings"] == row_of["ft-fc-1"]["settings"]
@@ -2292,8 +2306,8 @@ def test_the_tables_mark_what_a_reader_should_know(capsys):
     assert table["ft-all"].endswith("below the source")  # in one of the two runs
     assert "0.928" in table["ft-ss"]
     assert table["ft-ss"].endswith("diverged")
-    assert "0.900 " in table["1 conv1"]  # tuned in one of the two runs
-    assert table["1 conv1"].endswith("faster-flex (1 of 2)")
+    assert "0.900 " in table["1 conv1 (1 of 2 runs)"]
+    assert table["1 conv1 (1 of 2 runs)"].endswith("faster-flex (1 of 2)")
 
 
 def flex_row(seed, accuracies, chosen, **other_fields):
@@ -3485,7 +3499,7 @@ def test_the_example_of_the_readme(tmp_path, monkeypatch, capsys):
     exec(code, variables)  # noqa: S102
     out = capsys.readouterr().out
     assert "unit 1 conv1: epoch 5, validation" in out
-    assert re.search(r"1 conv1 +0\.\d+ .*\n(.*\n)*all .*\ntest accuracy: 0\.", out)
+    assert re.search(r"1 conv1 +0\.\d+.*\n(.*\n)*all +0\.\d+.*\ntest accuracy: 0\.", out)
     model = ResNet(num_classes=4).to(memory_format=torch.channels_last)
     model.load_state_dict(torch.load("tuned.pt", weights_only=True))
     x, y = variables["test"]
@@ -3494,4 +3508,4 @@ def test_the_example_of_the_readme(tmp_path, monkeypatch, capsys):
     tuned_net = variables["selection"].result.net
     assert accuracy == pytest.approx(flextune.accuracy(tuned_net, (x, y)))
     exec(several_rates, variables)  # noqa: S102
-    assert len(variables["selections"]) == 3
+    assert variables["best_task"].settings.lr in (1e-3, 3e-4, 1e-4)
