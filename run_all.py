@@ -1117,8 +1117,8 @@ def print_units(results: RowsByMethod) -> None:
         titles[str(number)] = name
     titles["all"] = "all"
     for row in all_rows:
-        for unit in row.get("candidates", {}):
-            titles.setdefault(unit, unit)  # a set of units is known by its names
+        if "chosen" in row:
+            titles.setdefault(row["chosen"], row["chosen"])  # of sets of units, only the chosen
 
     headings = [f"proxy ({method})" for method in PROXY_METHODS]
     table = [["unit", "validation", "test", *headings, "chosen by"]]
@@ -1233,9 +1233,7 @@ def print_table_3(groups: dict[Scenario, RowsByMethod]) -> None:
         print("(*: better than all baselines, ft-...)")
         not_counted = [method for method in methods if method in METHODS_BEYOND_THE_PAPER]
         if not_counted:
-            print(
-                f"({', '.join(not_counted)}: not the paper's, and counted neither here nor there)"
-            )
+            print(f"({', '.join(not_counted)}: not the paper's, without stars and not counted)")
         counts = ", ".join(f"{m} {times_best[m]}" for m in methods if times_best[m])
         title = f"best in how many of {len(scenarios)} scenarios, ties counting for each"
         print(f"{title}: {counts} (paper, of 72: {TIMES_BEST})")
