@@ -23,7 +23,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -343,7 +343,7 @@ class _Scale(nn.Module):
 
 # ---------------------------------------------------------------- beyond the paper
 #
-# Nothing in this section is the paper's. The figures are means over GAINS.
+# Nothing in this section is the paper's.
 
 
 def halving_flex(task: Task) -> Selection:
@@ -379,17 +379,17 @@ def greedy_flex(task: Task) -> Selection:
     """
     units = candidates(task.net)
     tuned = dict(flex(task).tuned)
-    best_set = tuned[max(units, key=lambda unit: tuned[unit].accuracy)]
-    while len(best_set.units) + 1 < len(units):  # "all" stands for the set of all units
-        others = [unit for unit in units if unit not in best_set.units]
-        larger_sets = [tuple(sorted((*best_set.units, unit))) for unit in others]
+    best_result = tuned[max(units, key=lambda unit: tuned[unit].accuracy)]
+    while len(best_result.units) + 1 < len(units):  # "all" stands for the set of all units
+        others = [unit for unit in units if unit not in best_result.units]
+        larger_sets = [tuple(sorted((*best_result.units, unit))) for unit in others]
         for larger_set in larger_sets:
             tuned[larger_set] = fine_tune(task, larger_set)
         best_larger = max(larger_sets, key=lambda larger_set: tuned[larger_set].accuracy)
-        if tuned[best_larger].accuracy <= best_set.accuracy:
+        if tuned[best_larger].accuracy <= best_result.accuracy:
             break
-        best_set = tuned[best_larger]
-    tuned["all"] = tuned.pop("all")  # to the end
+        best_result = tuned[best_larger]
+    tuned["all"] = tuned.pop("all")  # the largest set comes last and loses ties
     best = max(tuned, key=lambda candidate: tuned[candidate].accuracy)
     return Selection(chosen=best, best=best, tuned=tuned)
 
@@ -398,9 +398,13 @@ def ft_rgn(task: Task) -> Result:
     """Fine-tune all units, each at a learning rate in proportion to its relative gradient norm.
 
     After auto-RGN in Lee et al., "Surgical Fine-Tuning Improves Adaptation to Distribution Shifts",
-    ICLR 2023. At the beginning of each epoch, |g| / |theta| of a unit, its gradient and its
-    weights, is averaged over up to five batches. The unit with the largest has the rate `lr`. The
-    result is not in `task.results`.
+    ICLR 2023. This is the norm of a unit's gradient divided by the norm of its weights. At the
+    beginning of each epoch it is averaged over five batches, or fewer if there are not as many. The
+    unit with the largest average gets the rate `lr`. The result is not in `task.results`.
+
+    In their code, each tensor has a rate of its own, BatchNorm is not tuned, and Adam starts anew in
+    each epoch. We measured that too, and it was weaker: by .017 on average for five targets of
+    MNIST at ratio 3, with one run each.
     """
     return fine_tune(task.with_settings(relative_rates=True), "all")
 
@@ -413,9 +417,9 @@ def refit(task: Task, result: Result) -> nn.Sequential:
     because no images are held out: measure it on a test set.
     """
     if not any(result is other for other in task.results.values()):
-        raise ValueError("refit needs one of the results in task.results, of this very task")
+        raise ValueError("the result must be one of task.results, of this very task")
     if result.best_epoch == 0:
-        raise ValueError("refit needs a result that is tuned, but its training diverged at once")
+        raise ValueError("the training of this result diverged at once: there is nothing to refit")
     x = torch.cat([task.train[0], task.val[0]])
     y = torch.cat([task.train[1], task.val[1]])
     settings = replace(task.settings, check_every=result.best_epoch)  # once, at the end
@@ -551,24 +555,24 @@ def _train_one_epoch(
     settings = task.settings
     y = task.train[1]
 
-    def loss_of(indices: torch.Tensor) -> torch.Tensor:
-        inputs = prepare_batch(net, x[indices], num_cached)
-        if settings.augment is not None:
-            inputs = settings.augment(inputs)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=settings.bfloat16):
-            logits = net[num_cached:](inputs)  # (B, classes)
-        if settings.bfloat16:
-            logits = logits.float()
-        return settings.loss(logits, y[indices])
+    def losses(batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        for indices in batches:
+            inputs = prepare_batch(net, x[indices], num_cached)
+            if settings.augment is not None:
+                inputs = settings.augment(inputs)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=settings.bfloat16):
+                logits = net[num_cached:](inputs)  # (B, classes)
+            if settings.bfloat16:
+                logits = logits.float()
+            loss = settings.loss(logits, y[indices])
+            if loss.requires_grad:  # not if the tuned unit skips this batch (stochastic depth)
+                yield loss
 
     order = torch.randperm(len(x), generator=shuffle_rng, device="cpu").to(x.device)
     batches = order.split(settings.batch_size)
     if settings.relative_rates:
-        _set_relative_rates(optimizer, settings.lr, (loss_of(indices) for indices in batches[:5]))
-    for indices in batches:
-        loss = loss_of(indices)
-        if not loss.requires_grad:
-            continue  # the tuned unit skipped this batch (stochastic depth)
+        _set_relative_rates(optimizer, settings.lr, losses(batches[:5]))
+    for loss in losses(batches):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -581,8 +585,6 @@ def _set_relative_rates(
     units = optimizer.param_groups
     relative_norms = torch.zeros(len(units))  # sums over the losses instead of means: same rates
     for loss in losses:
-        if not loss.requires_grad:
-            continue  # as in the steps of the training
         optimizer.zero_grad()
         loss.backward()
         for index, unit in enumerate(units):

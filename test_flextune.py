@@ -538,8 +538,10 @@ def test_a_unit_that_is_skipped_in_some_batches_is_tuned(val):
     net = between_linear_units(Function(skip_often))
     data = images(8, seed=0)  # a single batch in each epoch
     for seed in range(5):
-        result = tune(net, 2, data, val, replace(FAST, seed=seed))
-        assert result.num_trained == 1
+        for relative_rates in (False, True):
+            settings = replace(FAST, seed=seed, relative_rates=relative_rates)
+            result = tune(net, 2, data, val, settings)
+            assert result.num_trained == 1
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
@@ -1027,7 +1029,7 @@ def test_ft_rgn_scales_the_rate_of_each_unit_by_its_relative_gradient_norm(sourc
     assert len(task.results) == 0  # ft-all is another network
 
 
-def test_the_relative_rates_of_an_epoch_are_a_mean_over_five_batches():
+def test_relative_rates_are_means_over_the_losses():
     unit = nn.Linear(1, 1, bias=False)
     other = nn.Linear(1, 1, bias=False)
     with torch.no_grad():
@@ -1039,9 +1041,22 @@ def test_the_relative_rates_of_an_epoch_are_a_mean_over_five_batches():
     flextune._set_relative_rates(optimizer, 0.5, losses)  # 2 / 2 + 4 / 2 = 3, 1 + 7 = 8
     rates = pytest.approx([0.5 * 3 / 8, 0.5])
     assert [group["lr"] for group in optimizer.param_groups] == rates
-    no_gradient = (unit(x).sum() * 0, torch.ones(()))
-    flextune._set_relative_rates(optimizer, 0.5, no_gradient)
-    assert [group["lr"] for group in optimizer.param_groups] == rates
+    for no_gradient in ([], [unit(x).sum() * 0]):
+        flextune._set_relative_rates(optimizer, 0.5, no_gradient)
+        assert [group["lr"] for group in optimizer.param_groups] == rates
+
+
+@pytest.mark.parametrize("tune_all, expected", [(flextune.ft_all, 9), (flextune.ft_rgn, 14)])
+def test_ft_rgn_sees_five_more_batches_in_each_epoch(source, train, val, tune_all, expected):
+    seen = []
+
+    def augment(x):
+        seen.append(len(x))
+        return x
+
+    settings = replace(FAST, batch_size=4, max_epochs=1, augment=augment)
+    tune_all(Task(source, train, val, settings))
+    assert len(seen) == expected
 
 
 @pytest.mark.parametrize("units", [2, [1, 4], "all"], ids=str)
