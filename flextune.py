@@ -351,8 +351,12 @@ def halving_flex(task: Task) -> Selection:
 
     Successive halving (Jamieson & Talwalkar, AISTATS 2016). All candidates are tuned for 2
     validations, the better half of them (rounded up) for 4, and the better half of these until
-    early stopping. Each training starts from the source network. `tuned` has the networks of the
-    last round.
+    early stopping. Candidates with the same accuracy as the last of the half stay as well. Each
+    training starts from the source network. A round as long as `max_epochs` is left out. `tuned`
+    has the networks of the last round.
+
+    Measured on MNIST and CIFAR (see the README): it chose the same as flex in 30 of 36 runs, and
+    took .3 to .6 of the time.
     """
     survivors = [*candidates(task.net), "all"]
     short_trainings = []
@@ -362,9 +366,9 @@ def halving_flex(task: Task) -> Selection:
             break
         results = {unit: fine_tune(task, unit, epochs) for unit in survivors}
         short_trainings += results.values()
-        best_first = sorted(survivors, key=lambda unit: results[unit].accuracy, reverse=True)
-        better_half = best_first[: math.ceil(len(survivors) / 2)]
-        survivors = [unit for unit in survivors if unit in better_half]  # in the order of flex
+        best_first = sorted((result.accuracy for result in results.values()), reverse=True)
+        last_of_half = best_first[math.ceil(len(survivors) / 2) - 1]
+        survivors = [unit for unit in survivors if results[unit].accuracy >= last_of_half]
     tuned = {unit: fine_tune(task, unit) for unit in survivors}
     best = max(tuned, key=lambda unit: tuned[unit].accuracy)
     return Selection(chosen=best, best=best, tuned=tuned, short_trainings=short_trainings)
@@ -376,6 +380,9 @@ def greedy_flex(task: Task) -> Selection:
     The paper names sets of units as future work. Greedy search, after SubTuning (Kaplun et al.,
     2023): beginning with the best unit, add the unit with which the accuracy on D_val is highest,
     as long as that accuracy rises. Ties go to the smaller set; "all" is the largest.
+
+    Measured on MNIST and CIFAR (see the README): better than flex in 17 of 32 runs and worse in 2,
+    by .002 on average on MNIST. It took two to three times as long.
     """
     units = candidates(task.net)
     tuned = dict(flex(task).tuned)
@@ -398,13 +405,16 @@ def ft_rgn(task: Task) -> Result:
     """Fine-tune all units, each at a learning rate in proportion to its relative gradient norm.
 
     After auto-RGN in Lee et al., "Surgical Fine-Tuning Improves Adaptation to Distribution Shifts",
-    ICLR 2023. This is the norm of a unit's gradient divided by the norm of its weights. At the
-    beginning of each epoch it is averaged over five batches, or fewer if there are not as many. The
-    unit with the largest average gets the rate `lr`. The result is not in `task.results`.
+    ICLR 2023. The relative gradient norm of a unit is the norm of its gradient divided by the norm
+    of its weights. At the beginning of each epoch it is averaged over five batches, or fewer if
+    there are not as many. The unit with the largest average gets the rate `lr`, all others a lower
+    one. The result is not in `task.results`.
 
     In their code, each tensor has a rate of its own, BatchNorm is not tuned, and Adam starts anew in
-    each epoch. We measured that too, and it was weaker: by .017 on average for five targets of
-    MNIST at ratio 3, with one run each.
+    each epoch. This was weaker: by .017 on average for five targets of MNIST at ratio 3, with one
+    run each.
+
+    Measured on MNIST and CIFAR (see the README): better than flex in 12 of 36 runs and worse in 21.
     """
     return fine_tune(task.with_settings(relative_rates=True), "all")
 
@@ -415,9 +425,12 @@ def refit(task: Task, result: Result) -> nn.Sequential:
     The usual last step after a choice by a validation set. It takes as many epochs as the network
     in `result`, which must be in `task.results`. The accuracy of the returned network is unknown,
     because no images are held out: measure it on a test set.
+
+    Measured on MNIST's five targets, with 69 training and 35 validation images and five runs each:
+    the average test accuracy rose from .661 for flex's network to .689.
     """
     if not any(result is other for other in task.results.values()):
-        raise ValueError("the result must be one of task.results, of this very task")
+        raise ValueError("refit needs a result of this very task, not one of ft_ss or ft_rgn")
     if result.best_epoch == 0:
         raise ValueError("the training of this result diverged at once: there is nothing to refit")
     x = torch.cat([task.train[0], task.val[0]])

@@ -948,10 +948,10 @@ def naive_halving(task):
     survivors = dict(UNITS)
     for epochs in (4, 8):  # 2 and 4 validations of FAST
         scores = {unit: naive_fine_tune(task, survivors[unit], epochs)[1] for unit in survivors}
-        num_kept = math.ceil(len(survivors) / 2)
-        while len(survivors) > num_kept:
-            lowest = min(scores[unit] for unit in survivors)
-            del survivors[[unit for unit in survivors if scores[unit] == lowest][-1]]
+        half = math.ceil(len(survivors) / 2)
+        for unit, score in scores.items():
+            if sum(other > score for other in scores.values()) >= half:
+                del survivors[unit]
     return survivors
 
 
@@ -978,6 +978,12 @@ def test_halving_flex_has_no_round_that_is_as_long_as_the_last(
         Task(source, train, val, replace(FAST, max_epochs=max_epochs))
     )
     assert (len(selection.short_trainings), len(selection.tuned)) == (num_short, num_tuned)
+
+
+def test_halving_flex_keeps_candidates_that_are_as_good(source, train, val):
+    """At a rate too small to change anything, no candidate is better than another."""
+    selection = flextune.halving_flex(Task(source, train, val, replace(FAST, lr=1e-30)))
+    assert list(selection.tuned) == list(UNITS)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
