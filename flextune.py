@@ -414,7 +414,7 @@ def ft_rgn(task: Task) -> Result:
     each epoch. This was weaker: by .017 on average for five targets of MNIST at ratio 3, with one
     run each.
 
-    Measured on MNIST and CIFAR (see the README): better than flex in 12 of 36 runs and worse in 21.
+    Measured on MNIST and CIFAR (see the README): better than flex in 13 of 36 runs and worse in 20.
     """
     return fine_tune(task.with_settings(relative_rates=True), "all")
 
