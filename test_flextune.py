@@ -961,23 +961,23 @@ def test_halving_flex_tunes_the_survivors_of_two_short_rounds(source, train, val
     task = Task(net, train, val, replace(FAST, seed=seed))
     survivors = naive_halving(task)
     selection = flextune.halving_flex(task)
-    assert list(selection.tuned) == list(survivors) and len(survivors) == 2
+    assert list(selection.tuned) == list(survivors)
     accuracies = {unit: naive_fine_tune(task, units)[1] for unit, units in survivors.items()}
     assert {unit: result.accuracy for unit, result in selection.tuned.items()} == accuracies
     assert selection.chosen == selection.best == first_arg_max(accuracies)
-    assert [result.epochs for result in selection.short_trainings] == [4] * 5 + [8] * 3
+    epochs = [result.epochs for result in selection.short_trainings]
+    assert epochs[:5] == [4] * 5 and set(epochs[5:]) == {8}
     with pytest.raises(ValueError, match="needs a selection of flex"):
         flextune.certainty(task, selection)
 
 
-@pytest.mark.parametrize("max_epochs, num_short, num_tuned", [(4, 0, 5), (8, 5, 3), (9, 8, 2)])
+@pytest.mark.parametrize("max_epochs, short_rounds", [(4, set()), (8, {4}), (9, {4, 8})])
 def test_halving_flex_has_no_round_that_is_as_long_as_the_last(
-    source, train, val, max_epochs, num_short, num_tuned
+    source, train, val, max_epochs, short_rounds
 ):
-    selection = flextune.halving_flex(
-        Task(source, train, val, replace(FAST, max_epochs=max_epochs))
-    )
-    assert (len(selection.short_trainings), len(selection.tuned)) == (num_short, num_tuned)
+    task = Task(source, train, val, replace(FAST, max_epochs=max_epochs))
+    selection = flextune.halving_flex(task)
+    assert {result.epochs for result in selection.short_trainings} == short_rounds
 
 
 def test_halving_flex_keeps_candidates_that_are_as_good(source, train, val):
