@@ -943,41 +943,43 @@ def test_ft_ss_refuses_weights_that_are_parametrized(train, val):
 # ---------------------------------------------------------------- beyond the paper
 
 
-def naive_halving(task):
-    """The candidates of the last round, if each round trains from the source network."""
+def naive_halving(task, short_rounds):
+    """Candidates of the last round, and epochs of all others, each from the source network."""
     survivors = dict(UNITS)
-    for epochs in (4, 8):  # 2 and 4 validations of FAST
+    short_epochs = []
+    for epochs in short_rounds:
         scores = {unit: naive_fine_tune(task, survivors[unit], epochs)[1] for unit in survivors}
+        short_epochs += [epochs] * len(survivors)
         half = math.ceil(len(survivors) / 2)
         for unit, score in scores.items():
             if sum(other > score for other in scores.values()) >= half:
                 del survivors[unit]
-    return survivors
+    return survivors, short_epochs
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_halving_flex_tunes_the_survivors_of_two_short_rounds(source, train, val, seed):
+@pytest.mark.parametrize(
+    "max_epochs, short_rounds",
+    [(FAST.max_epochs, (4, 8)), (9, (4, 8)), (8, (4,)), (4, ())],  # 4 epochs are 2 validations
+)
+def test_halving_flex_tunes_the_survivors_of_rounds_that_are_shorter_than_the_last(
+    source, train, val, seed, max_epochs, short_rounds
+):
     net, train, val = in_float64(source, train, val)
-    task = Task(net, train, val, replace(FAST, seed=seed))
-    survivors = naive_halving(task)
+    task = Task(net, train, val, replace(FAST, seed=seed, max_epochs=max_epochs))
+    survivors, short_epochs = naive_halving(task, short_rounds)
     selection = flextune.halving_flex(task)
     assert list(selection.tuned) == list(survivors)
     accuracies = {unit: naive_fine_tune(task, units)[1] for unit, units in survivors.items()}
     assert {unit: result.accuracy for unit, result in selection.tuned.items()} == accuracies
     assert selection.chosen == selection.best == first_arg_max(accuracies)
-    epochs = [result.epochs for result in selection.short_trainings]
-    assert epochs[:5] == [4] * 5 and set(epochs[5:]) == {8}
+    assert [result.epochs for result in selection.short_trainings] == short_epochs
+
+
+def test_certainty_refuses_a_selection_that_dropped_candidates(source, train, val):
+    task = Task(source, train, val, FAST)
     with pytest.raises(ValueError, match="needs a selection of flex"):
-        flextune.certainty(task, selection)
-
-
-@pytest.mark.parametrize("max_epochs, short_rounds", [(4, set()), (8, {4}), (9, {4, 8})])
-def test_halving_flex_has_no_round_that_is_as_long_as_the_last(
-    source, train, val, max_epochs, short_rounds
-):
-    task = Task(source, train, val, replace(FAST, max_epochs=max_epochs))
-    selection = flextune.halving_flex(task)
-    assert {result.epochs for result in selection.short_trainings} == short_rounds
+        flextune.certainty(task, flextune.halving_flex(task))
 
 
 def test_halving_flex_keeps_candidates_that_are_as_good(source, train, val):
