@@ -1368,7 +1368,7 @@ def draw_figure_1(groups: dict[Scenario, RowsByMethod], folder: Path) -> None:
             chosen = statistics.mode(row["chosen"] for row in rows)
             ax.plot(names[chosen], val_means[chosen], "v", color="blue", markersize=9)
         ax.set(title=f"{source} → {target}, {network}, {data} data", ylabel="accuracy")
-        ax.tick_params(axis="x", rotation=90)  # many names: each under its tick
+        ax.tick_params(axis="x", rotation=90)  # slanted, they would stand between ticks
         figure.legend(title="▼ flex's pick", fontsize="small", loc="outside right upper")
         save_figure(figure, folder / f"figure-1-{source}-{target}-{network}-{data}.png")
 
