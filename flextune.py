@@ -356,7 +356,8 @@ def halving_flex(task: Task) -> Selection:
     has the networks of the last round.
 
     Measured on MNIST, CIFAR and PACS (see the README): it chose the same as flex in 40 of 46 runs.
-    It took .3 to .6 of the time, but .6 to 1.0 on PACS, where a training has at most 4 validations.
+    It took .3 to .6 of the time, but .6 to 1.0 on PACS, where the limit of 100 epochs left each
+    training 4 validations.
     """
     survivors = [*candidates(task.net), "all"]
     short_trainings = []
